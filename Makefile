@@ -1,0 +1,38 @@
+# Two commands to know: `make demo` and `make test`. Both install what is missing into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread per process: OpenMP threads of several processes fight for the cores.
+ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: setup demo test test-all lint bench clean
+
+setup: .venv/dev
+
+.venv/core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: .venv/core
+	$(BIN)/residuum demo
+
+test: .venv/dev
+	$(ONE) $(BIN)/pytest -q -n 2 -m 'not slow'
+
+test-all: .venv/dev
+	$(ONE) $(BIN)/pytest -q -n 2
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/dev
+	$(ONE) $(BIN)/python -m benchmarks.streams
+
+clean:
+	rm -rf .venv dist residuum-demo

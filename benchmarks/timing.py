@@ -1,0 +1,71 @@
+"""How we time: one thread, processor time, pairs in turn, the median of their ratios.
+
+Processor time of one thread is robust against other people's load on the machine; wall time of several threads is not.
+Each side runs in a process of its own, so that neither lives with the other's allocator settings or caches.
+"""
+
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from residuum.memory import keep_freed_memory
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        make: A module-level function that builds the work to be timed.
+        keep: Keep freed memory in the process, as our command line does.
+    """
+
+    make: Callable[[], Work]
+    keep: bool = True
+
+
+def _serve(side: Side, pipe: Connection) -> None:
+    if side.keep:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    gc.disable()
+    with torch.no_grad():
+        work = side.make()
+        while pipe.recv():
+            gc.collect()
+            start = time.process_time()
+            work()
+            pipe.send(time.process_time() - start)
+
+
+def ratio(ours: Side, theirs: Side, *, pairs: int = 9) -> tuple[float, float]:
+    """Median over interleaved pairs of the time of `ours` over that of `theirs`, and the median seconds of `theirs`.
+
+    The order within a pair alternates; two warm-up pairs are not counted; garbage is collected outside the timing.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = [], []
+    for side in (ours, theirs):
+        here, there = context.Pipe()
+        workers.append(context.Process(target=_serve, args=(side, there), daemon=True))
+        workers[-1].start()
+        pipes.append(here)
+    times: list[list[float]] = [[], []]
+    for pair in range(pairs + 2):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            pipes[which].send(True)
+            times[which].append(pipes[which].recv())
+    for pipe, worker in zip(pipes, workers, strict=True):
+        pipe.send(False)
+        worker.join()
+    mine, base = times[0][2:], times[1][2:]
+    return statistics.median(a / b for a, b in zip(mine, base, strict=True)), statistics.median(base)

@@ -1,0 +1,37 @@
+"""Cut any torch model into its residual stream, run it under any schedule of blocks, measure what each block does."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported when first used, so that `residuum --help` imports no torch.
+_HOMES = {
+    "cut": "cutting",
+    "cut_all": "cutting",
+    "run_all": "streams",
+    "Block": "streams",
+    "Section": "streams",
+    "Step": "streams",
+    "Stream": "streams",
+    "Trace": "streams",
+    "Measure": "profiles",
+    "Point": "profiles",
+    "Profile": "profiles",
+    "profile": "profiles",
+    "ResNet": "models",
+    "ResNetConfig": "models",
+    "calibrate_": "nulls",
+    "null_model": "nulls",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'residuum' has no attribute {name!r}")
+    return getattr(import_module(f"residuum.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
