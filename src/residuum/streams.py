@@ -26,15 +26,15 @@ class Block:
     apply: Map
     branch: Map | None = None
 
-    def __call__(self, h: Float[Tensor, "example *state"], scale: float = 1.0) -> Float[Tensor, "example *state"]:
+    def __call__(self, h: Float[Tensor, " example *state"], scale: float = 1.0) -> Float[Tensor, " example *state"]:
         """The next state; with a scale a, `h + a (block(h) - h)`."""
         return self.apply(h) if scale == 1 else h + scale * self.update(h)
 
-    def update(self, h: Float[Tensor, "example *state"]) -> Float[Tensor, "example *state"]:
+    def update(self, h: Float[Tensor, " example *state"]) -> Float[Tensor, " example *state"]:
         """What the block adds to the state."""
         return self.apply(h) - h if self.branch is None else self.branch(h)
 
-    def step(self, h: Float[Tensor, "example *state"]) -> tuple[Tensor, Tensor]:
+    def step(self, h: Float[Tensor, " example *state"]) -> tuple[Tensor, Tensor]:
         """The next state and the update, from one evaluation."""
         if self.branch is not None:
             update = self.branch(h)
@@ -76,9 +76,9 @@ class Step:
 
     section: int
     index: int
-    before: Float[Tensor, "example *state"]
-    after: Float[Tensor, "example *state"]
-    update: Float[Tensor, "example *state"]
+    before: Float[Tensor, " example *state"]
+    after: Float[Tensor, " example *state"]
+    update: Float[Tensor, " example *state"]
     own_branch: bool
     mask: Bool[Tensor, "example token"] | None = None
 
@@ -165,7 +165,7 @@ class Stream:
                 yield Step(s, i, h, after, update, block.branch is not None, self.mask)
                 h = after
 
-    def finish(self, h: Float[Tensor, "example *state"], after: tuple[int, int]) -> Tensor:
+    def finish(self, h: Float[Tensor, " example *state"], after: tuple[int, int]) -> Tensor:
         """The output of the rest of the network, from a (changed) state.
 
         Args:
@@ -188,7 +188,7 @@ class Stream:
                 h = block(h)
         return self.readout(h)
 
-    def exit(self, h: Float[Tensor, "example *state"], section: int) -> Tensor:
+    def exit(self, h: Float[Tensor, " example *state"], section: int) -> Tensor:
         """The output if the network stops here: later entries and the readout, no further block.
 
         Args:

@@ -1,0 +1,63 @@
+"""Calls of modules: where the state stands among a block's arguments and in what it returns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def state_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Where a block's state stands among its arguments: the first floating-point tensor."""
+    places = (*enumerate(args), *kwargs.items())
+    return next((at for at, v in places if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def state_of(output: Any) -> Tensor | None:
+    """The state that a block returns: its output, or the first tensor of it."""
+    return next((v for v in tree_flatten(output)[0] if isinstance(v, Tensor)), None)
+
+
+def with_state(output: Any, h: Tensor) -> Any:
+    """A block's output with another state in it."""
+    leaves, form = tree_flatten(output)
+    at = next(i for i, v in enumerate(leaves) if isinstance(v, Tensor))
+    return tree_unflatten([*leaves[:at], h, *leaves[at + 1 :]], form)
+
+
+def with_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str, h: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with another state in them."""
+    if isinstance(slot, int):
+        return (*args[:slot], h, *args[slot + 1 :]), kwargs
+    return args, {**kwargs, slot: h}
+
+
+def call_model(model: nn.Module, x: Any) -> Any:
+    """The model on a batch: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)
+
+
+def output_of(output: Any) -> Tensor:
+    """The tensor that a model's output stands for: its logits where it names them, else its first tensor."""
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    found = logits if isinstance(logits, Tensor) else state_of(output)
+    if found is None:
+        raise ValueError(f"cut: the model returns {type(output).__name__} without a tensor in it")
+    return found
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its gradient history; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which to add up: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

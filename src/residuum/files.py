@@ -1,0 +1,144 @@
+"""Files and folders that are complete or absent: written under a temporary name beside, then renamed."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+# What a result folder may hold. A folder with anything else in it is somebody's work and is never replaced.
+OURS = frozenset(
+    {
+        "config.json",
+        "weights.safetensors",
+        "history.json",
+        "profile.parquet",
+        "initial.parquet",
+        "profile.safetensors",
+        "initial.safetensors",
+        "indices.json",
+        "provenance.json",
+        "report.html",
+    }
+)
+PARTIAL = ".partial-"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that a reader sees the old file or the complete new one, whenever the writing stops.
+
+    Args:
+        path: The file.
+        write: Writes the content to the path it is given, a temporary name in the same folder with the same ending.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full; the old file is untouched and nothing is left.
+    """
+    path = Path(path).resolve()
+    temporary = _beside(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
+        write(temporary)
+        temporary.chmod(mode)
+        _flush(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically; nan and infinity are refused, since JSON has no such numbers.
+
+    Raises:
+        ValueError: If the value holds nan or infinity.
+        OSError: If the file cannot be written.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the `with` block ends well, and is removed when it does not.
+
+    It is made at once, so a place that cannot be written is refused before the work. With `replace`, the old folder
+    stays as it is until the new one is complete.
+
+    Args:
+        path: The folder to make.
+        replace: Replace a folder that residuum wrote. A folder that holds other files is never replaced.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FileExistsError: If `path` exists and may not be replaced.
+        OSError: If it cannot be made.
+    """
+    path = Path(path).resolve()
+    _check_free(path, replace)
+    for parent in path.parents:
+        if parent.is_file():
+            raise NotADirectoryError(f"{parent} is a file, so {path} cannot be made; choose another output folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _flush(temporary)
+        _check_free(path, replace)
+        _take_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(path: Path, replace: bool) -> None:
+    """Refuse a path that exists, unless it may be replaced."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file; choose another output folder")
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL))
+    strangers = [name for name in names if name not in OURS]
+    if strangers:
+        raise FileExistsError(f"{path} exists and holds other files ({strangers[0]}); choose another output folder")
+    if names and not replace:
+        raise FileExistsError(f"{path} exists; choose another output folder, or replace it with --force")
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Put `new` where `path` is; if that fails the old folder is back in its place."""
+    old = _beside(path)
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _flush(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A fresh temporary name in the same folder, with the same ending."""
+    return path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's content or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""Finding the residual blocks of a model: one plain forward is observed, then one class of modules is chosen."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residuum.calls import call_model, state_of, state_slot, wide
+
+
+@dataclass(eq=False)
+class Seen:
+    """One call as the observation saw it."""
+
+    name: str
+    module: nn.Module
+    around: tuple["Seen", ...]  # the observed calls that it is part of, outermost first
+    before: torch.Size | None = None
+    after: torch.Size | None = None
+    norm: Tensor | None = None
+    changed: str = ""  # which state was changed in place
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the state has the same shape after the call."""
+        return self.before is not None and self.before == self.after
+
+
+def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Module, list[Seen], Any]:
+    """A copy of the model, the calls of its blocks in the order of one plain forward, and what that forward gave.
+
+    Args:
+        model: Any module, in eval mode.
+        x: One batch.
+        blocks: Names of the block modules, or None to choose a class: candidates are classes outside `torch.nn` with
+            parameters and at least two calls that keep the shape of their state; of those that hold at least half of
+            the most parameters the outermost wins.
+
+    Raises:
+        ValueError: If no block is found or named, or if one changes a state in place.
+    """
+    copied = _twin_of(model)
+    if blocks is None:
+        watched = {n: m for n, m in copied.named_modules() if not _in_torch(m) and any(True for _ in m.parameters())}
+    else:
+        watched = _named(copied, blocks)
+    seen, output = _observe(copied, x, watched)
+    chosen = seen if blocks is not None else _choose(copied, x, seen)
+    chosen = [call for call in chosen if not any(outer in chosen for outer in call.around)]
+    if not any(call.keeps for call in chosen):
+        raise ValueError(
+            f"cut: no call of blocks={tuple(blocks or ())} keeps the shape of its state.\n{_candidates(seen)}"
+        )
+    for call in chosen:
+        if call.changed:
+            raise ValueError(
+                f'cut: {call.changed} of block "{call.name}" is changed in place, so its states cannot be recorded; '
+                "use an operation that makes a new tensor (x = x + y, relu without inplace=True)"
+            )
+    return copied, chosen, output
+
+
+def _twin_of(model: nn.Module) -> nn.Module:
+    """A deep copy that shares the parameters."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    for module in model.modules():  # results kept on modules (old-style weight norm) cannot be deep-copied
+        memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"cut works on a copy of the model, and {type(model).__name__} cannot be copied: {error}"
+        ) from error
+
+
+def _in_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules whose names match; `*` stands for one part."""
+    if isinstance(patterns, str):
+        raise TypeError(f"blocks must be a sequence of names, got the string {patterns!r}; write ({patterns!r},)")
+    modules, found = dict(model.named_modules()), {}
+    for pattern in patterns:
+        form = re.escape(pattern).replace(r"\*", r"[^.]+")
+        matching = {n: m for n, m in modules.items() if re.fullmatch(form, n)}
+        if not matching:
+            near = get_close_matches(pattern, modules, 3) or list(modules)[1:6]
+            raise ValueError(f"blocks names {pattern!r}, which {type(model).__name__} does not have; near: {near}")
+        found |= matching
+    return found
+
+
+def _observe(model: nn.Module, x: Any, watched: Mapping[str, nn.Module]) -> tuple[list[Seen], Any]:
+    """One plain forward; every call of a watched module with shapes, nesting, norm of its state, in-place changes."""
+    seen: list[Seen] = []
+    running: list[tuple[Seen, Tensor | None, int]] = []
+    given: dict[type, tuple[Seen, Tensor, int]] = {}  # the last state that a class gave, and its version
+
+    def check(kind: type) -> None:
+        if kind in given and given[kind][1]._version != given[kind][2]:
+            given[kind][0].changed = "the output"
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check(type(module))
+        slot = state_slot(args, kwargs)
+        h = None if slot is None else args[slot] if isinstance(slot, int) else kwargs[slot]
+        call = Seen(name, module, tuple(c for c, *_ in running), None if h is None else h.shape)
+        seen.append(call)
+        running.append((call, h, 0 if h is None else h._version))
+
+    def after(module: nn.Module, output: Any) -> None:
+        call, h, version = running.pop()
+        state = state_of(output)
+        if h is not None and h._version != version:
+            call.changed = "the input"
+        if state is not None and state.is_floating_point():
+            call.after = state.shape
+            call.norm = torch.linalg.vector_norm(state.detach(), dtype=wide(state.dtype))
+            given[type(module)] = (call, state, state._version)
+
+    handles = [module.register_forward_hook(lambda m, a, o: after(m, o)) for module in watched.values()]
+    handles += [
+        module.register_forward_pre_hook(partial(before, name), prepend=True, with_kwargs=True)
+        for name, module in watched.items()
+    ]
+    with torch.no_grad():
+        output = call_model(model, x)
+    for handle in handles:
+        handle.remove()
+    for kind in given:
+        check(kind)
+    return seen, output
+
+
+def _choose(model: nn.Module, x: Any, seen: list[Seen]) -> list[Seen]:
+    """The calls of the class that wins: at least half of the most parameters, then outermost, then most parameters."""
+    by_class: dict[type, list[Seen]] = {}
+    for call in seen:
+        by_class.setdefault(type(call.module), []).append(call)
+    eligible = {kind: calls for kind, calls in by_class.items() if sum(call.keeps for call in calls) >= 2}
+    if not eligible:
+        named = {n: m for n, m in model.named_modules() if n and any(True for _ in m.children())}
+        raise ValueError(
+            f"cut: no residual block found in {type(model).__name__}: no class outside torch.nn with parameters was "
+            f"called twice with a state of unchanged shape.\n{_candidates(_observe(model, x, named)[0])}"
+        )
+    size = {kind: _parameters(calls) for kind, calls in eligible.items()}
+    large = [kind for kind in eligible if 2 * size[kind] >= max(size.values())]
+    depth = {kind: min(len(call.around) for call in eligible[kind] if call.keeps) for kind in large}
+    return by_class[min(large, key=lambda kind: (depth[kind], -size[kind]))]
+
+
+def _parameters(calls: Iterable[Seen]) -> int:
+    return sum({id(p): p.numel() for call in calls for p in call.module.parameters()}.values())
+
+
+def _candidates(seen: list[Seen]) -> str:
+    """The refusal's second half: what was called, and the cure."""
+    rows = {}
+    for call in seen:
+        kind = type(call.module).__name__
+        name, keeping, calls = rows.get(kind, (call.name, 0, 0))
+        rows[kind] = (name, keeping + call.keeps, calls + 1)
+    listed = [f'  {kind} ("{n}"): {c} calls, {k} keep the shape' for kind, (n, k, c) in list(rows.items())[:8]]
+    return "\n".join(
+        ["Candidates:", *(listed or ["  none"]), 'Name the blocks yourself: cut(model, x, blocks=("part.*", ...)).']
+    )

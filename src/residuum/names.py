@@ -1,0 +1,33 @@
+"""Words for errors: the nearest known name for one that was mistyped; a long text in one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """The known names that are near to one that was typed, as a question; empty if none is near."""
+    near = get_close_matches(given, list(known), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not known, with the nearest known names and, if they are few, all of them.
+
+    Args:
+        what: What the name stands for, e.g. "probe".
+        given: The name that was given.
+        known: The names that are allowed.
+
+    Returns:
+        An error to raise: `unknown probe 'pair'; did you mean 'pairs'? known: pairs, readouts`.
+    """
+    known = list(known)
+    every = f"known: {', '.join(known)}" if len(known) <= 20 else ""
+    advice = " ".join(part for part in (nearest(given, known), every) if part)
+    return ValueError(f"unknown {what} {given!r}; {advice or f'none of the {len(known)} known names is near'}")
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of an error's text, in one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."

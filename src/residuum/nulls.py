@@ -1,0 +1,157 @@
+"""Null models: the same network with fresh weights, which a measured one must be compared with; and their theory."""
+
+import copy
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class NoNullModel(ValueError):  # noqa: N818 - reads as the answer that it is
+    """There is no null model of a network; the message says why."""
+
+
+def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -> int:
+    """Set batch-norm statistics to those of the data, by one pass with cumulative averaging.
+
+    Every batch norm in turn sees batches normalised by themselves, and keeps the mean of their statistics. Only batch
+    norms run in training mode (dropout stays off); parameters, modes and momenta are as before.
+
+    Args:
+        model: The network, modified.
+        batches: (input, target) pairs as `profile` takes them, at least 1,000 images of the training set where there
+            are as many; targets are not used. Batches of equal size weigh examples equally.
+
+    Returns:
+        Number of batches that were used; 0 if the network has no batch-norm statistics.
+
+    Raises:
+        ValueError: If there are statistics to set and no batches.
+
+    Source: ours. Fresh statistics are 0 and 1, so that batch norm would do nothing in eval mode and the states of deep
+    networks would explode; the papers do not say how they measure at initialisation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None]
+    if not norms:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    momenta = {module: module.momentum for module in norms}
+    used = 0
+    try:
+        model.eval()
+        for module in norms:
+            module.reset_running_stats()
+            module.train()
+            module.momentum = None
+        with torch.no_grad():
+            for x, _ in batches:
+                model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, tuple | list) else model(x)
+                used += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+    if not used:
+        raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
+    return used
+
+
+def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *, seed: int) -> nn.Module:
+    """The same network with fresh weights and calibrated batch norm, in eval mode, as frozen as the network is.
+
+    Networks that define `fresh(seed)` (ours do) make it themselves, Hugging Face models make it from their config.
+    Of any other a copy is re-initialised through the `reset_parameters` of its modules, which is torch's default for
+    each kind of layer and can differ from what the network's authors start from.
+
+    Args:
+        model: The network; it is not changed.
+        batches: Data for `calibrate_`; read only if there are batch-norm statistics.
+        seed: Seed of the weights; the global random state is left alone.
+
+    Raises:
+        NoNullModel: If some parameters belong to no module that can reset them. The message names them.
+    """
+    parameters = list(model.parameters())
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        if hasattr(type(model), "fresh"):
+            null = model.fresh(seed)
+        elif _is_hugging_face(model):
+            null = type(model)(copy.deepcopy(model.config)).to(parameters[0])
+        else:
+            null = _reset(copy.deepcopy(model))
+    for ours, theirs in zip(null.parameters(), parameters, strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    null.eval()
+    calibrate_(null, batches)
+    return null
+
+
+def _is_hugging_face(model: nn.Module) -> bool:
+    loaded = sys.modules.get("transformers")  # a model of its classes cannot exist before it is imported
+    return loaded is not None and isinstance(model, loaded.PreTrainedModel)
+
+
+def _reset(model: nn.Module) -> nn.Module:
+    """Re-initialise in place; what is still nan afterwards belongs to nobody."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        for module in model.modules():
+            # MultiheadAttention and Transformer have theirs with an underscore.
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if reset is not None:
+                reset()
+    left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    if left:
+        raise NoNullModel(
+            f"there is no null model: {len(left)} parameters of {type(model).__name__} belong to modules without "
+            f"reset_parameters, among them {', '.join(left[:3])}"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class SectionTheory:
+    """What theory expects of one section of an untrained network.
+
+    Attributes:
+        variance: Variance v0 of an entry of the section's first state.
+        scaled_perturbation: Of each block.
+        scaled_distance: Of the section.
+    """
+
+    variance: float
+    scaled_perturbation: tuple[float, ...]
+    scaled_distance: float
+
+
+def null_theory(lengths: Sequence[int], *, variance: float = 2.0) -> tuple[SectionTheory, ...]:
+    """Scaled perturbation and distance of an untrained pre-activation network with calibrated batch norm.
+
+    Batch norm makes a branch independent of the size of the state, and He-normal weights give each of its entries
+    variance about 1. So the variance of the state grows by 1 per block:
+    `q_l = 1 / sqrt(v0 + l)`, `d_scaled = 2 (sqrt(v0 + L) - sqrt(v0))`.
+    A He-normal 1x1 transition doubles it: `v0(s+1) = 2 (v0(s) + L_s)`. Zero padding, left out here, lowers the variance
+    of the branch, the more so the smaller the images; +-25 % is a fair tolerance for 28x28 and 32x32.
+
+    Args:
+        lengths: Blocks of each section.
+        variance: v0 of the first section; 2 after a He-normal stem on standardised images.
+
+    Source: derived for P2's network (Hauser 2019, section 3); P2 itself shows no curves at initialisation.
+    """
+    found = []
+    for length in lengths:
+        steps = tuple(1 / math.sqrt(variance + k) for k in range(length))
+        found.append(SectionTheory(variance, steps, 2 * (math.sqrt(variance + length) - math.sqrt(variance))))
+        variance = 2 * (variance + length)
+    return tuple(found)

@@ -1,0 +1,174 @@
+"""Readout probes: what the network would answer if it stopped after each block."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from residuum.probes.passive import ratio, token_mask, wide
+from residuum.profiles import Measure, Point, measure
+from residuum.streams import Stream
+
+_IGNORED = -100  # the label of tokens that do not count, as in torch's cross-entropy
+
+
+def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
+    """What the network answers at every state: later entries and the readout run, no further block.
+
+    The answer of the network is that of the last state. At every state:
+
+    - "loss": cross-entropy of the label, in nats; its note says which.
+    - "accuracy": 1 where the answer is right, else 0.
+    - "entropy": of the predicted distribution, in nats; 0: certain, log(classes): knows nothing.
+    - "agreement": 1 where the answer is the network's answer, else 0.
+    - "label_change": 1 where the answer differs from that at the state before, else 0; nothing for the first state.
+
+    The kind of target decides what an answer is:
+
+    - int64 [example]: one label per example. The answer is the largest output.
+    - 0/1 in uint8, bool or float [example, class]: several labels. The answer is the m largest outputs, where m is the
+      number of ones; right if exactly those. Loss and entropy are means over classes of the binary ones (sigmoids).
+    - int64 [example, token]: one label per token, -100 where it does not count. All values are means over the tokens of
+      an example that count and are not masked. For decoders this is the logit lens, with one final norm.
+    - None: no labels, hence no loss and no accuracy.
+
+    A section's last state and the next one's first have the same output, which is computed once.
+
+    Args:
+        stream: The stream of one batch.
+        target: The labels, or None.
+
+    Raises:
+        ValueError: If the labels do not fit the outputs (see `misfit`).
+
+    Source: P1 (Jastrzebski et al. 2018), figure 5, intermediate accuracy, there in the last section only. Several
+    labels: exact match, as usual for the Digitclutter images of P0 (Lippl et al. 2024). Logit lens: nostalgebraist
+    (2020).
+    """
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    points: list[Point] = []
+    answers: list[Tensor] = []
+    read = None
+    for places, output in _exits(stream):
+        if read is None:
+            read = _Reader.of(output, target, stream.mask)
+        answer, values = read(output)
+        for place in places:
+            points.append(place)
+            answers.append(answer)
+            for name, column in values.items():
+                columns[name].append(column)
+    columns["agreement"] = [read.same(answer, answers[-1]) for answer in answers]
+    changes = [1 - read.same(a, b) for a, b in pairwise(answers)]
+    measures = {name: measure(column, points, "state", note=read.note(name)) for name, column in columns.items()}
+    return measures | {"label_change": measure(changes, points[1:], "state")}
+
+
+def misfit(output: Tensor, target: Tensor | None) -> str:
+    """Why labels cannot be compared with outputs; "" if they can."""
+    if output.ndim not in (2, 3):
+        return f"outputs must be [example, class] or [example, token, class], they have shape {tuple(output.shape)}"
+    if target is None:
+        return ""
+    given, classes = f"{target.dtype} {list(target.shape)}".removeprefix("torch."), output.shape[-1]
+    if target.dtype == torch.int64:
+        if target.shape != output.shape[:-1]:
+            return f"labels int64 {list(output.shape[:-1])} are needed for outputs {list(output.shape)}, given {given}"
+        counted = target[target != _IGNORED] if target.ndim == 2 else target
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+            return f"labels must be in 0..{classes - 1}, they are in {int(counted.min())}..{int(counted.max())}"
+        return ""
+    if target.dtype not in (torch.uint8, torch.bool) and not target.is_floating_point():
+        return f"labels must be int64, or 0/1 in uint8, bool or float per class, given {given}"
+    if target.ndim != 2 or target.shape != output.shape:
+        return f"0/1 labels [example, class] must have the shape of the outputs {list(output.shape)}, given {given}"
+    if not ((target == 0) | (target == 1)).all():
+        return "labels per class must be 0 or 1"
+    return ""
+
+
+def _exits(stream: Stream) -> Iterator[tuple[list[Point], Tensor]]:
+    """The output at every state, with the states that share it."""
+    last = max(s for s, length in enumerate(stream.lengths) if length)
+    shared: list[Point] = []
+    for step in stream.walk():
+        s, i = step.section, step.index
+        if i == 0:
+            yield [*shared, Point(s, 0)], stream.exit(step.before, s)
+            shared = []
+        if s < last and i + 1 == stream.lengths[s]:
+            shared = [Point(s, i + 1)]  # the entry that `exit` would run is run by the walk
+        else:
+            yield [Point(s, i + 1)], stream.exit(step.after, s)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads answers and values off outputs, for one kind of target."""
+
+    target: Tensor | None
+    several: bool  # several labels per example
+    counted: Bool[Tensor, "example token"] | None  # tokens that count; None where outputs have no tokens
+
+    @classmethod
+    def of(cls, output: Tensor, target: Tensor | None, mask: Tensor | None) -> "_Reader":
+        """The reader for these outputs and labels; refuses what does not fit."""
+        target = None if target is None else target.to(output.device)
+        reason = misfit(output, target)
+        if reason:
+            raise ValueError(f"readouts: {reason}; give None as target to measure without labels")
+        counted = None
+        if output.ndim == 3:
+            mask = token_mask(output, mask)
+            counted = output.new_ones(output.shape[:2], dtype=torch.bool) if mask is None else mask
+            counted = counted if target is None else counted & (target != _IGNORED)
+        return cls(target, target is not None and target.dtype != torch.int64, counted)
+
+    def __call__(self, output: Tensor) -> tuple[Tensor, dict[str, Float[Tensor, " example"]]]:
+        """The answer, and the values that need nothing but this output."""
+        output = output.to(wide(output.dtype))
+        values = self._several(output) if self.several else self._single(output)
+        answer = values.pop("answer")
+        return answer, {name: self._per_example(value) for name, value in values.items()}
+
+    def _single(self, output: Tensor) -> dict[str, Tensor]:
+        logs = output.log_softmax(-1)
+        values = {"answer": output.argmax(-1), "entropy": torch.special.entr(logs.exp()).sum(-1)}
+        if self.target is None:
+            return values
+        loss = F.nll_loss(logs.movedim(-1, 1), self.target, reduction="none", ignore_index=_IGNORED)
+        return values | {"loss": loss, "accuracy": values["answer"] == self.target}
+
+    def _several(self, output: Tensor) -> dict[str, Tensor]:
+        ones = self.target.bool()
+        rank = output.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+        answer = rank < ones.sum(1, keepdim=True)
+        chances = torch.stack([output.sigmoid(), (-output).sigmoid()])
+        loss = F.binary_cross_entropy_with_logits(output, ones.to(output), reduction="none").mean(1)
+        entropy = torch.special.entr(chances).sum(0).mean(1)
+        return {"answer": answer, "entropy": entropy, "loss": loss, "accuracy": (answer == ones).all(1)}
+
+    def _per_example(self, value: Shaped[Tensor, "example ..."]) -> Float[Tensor, " example"]:
+        value = value if value.is_floating_point() else value.float()
+        if self.counted is None:
+            return value
+        return ratio(value.masked_fill(~self.counted, 0).sum(1), self.counted.sum(1).to(value))
+
+    def same(self, a: Tensor, b: Tensor) -> Float[Tensor, " example"]:
+        """1 where two answers are the same, else 0; a mean over the tokens that count."""
+        return self._per_example((a == b).all(1) if self.several else a == b)
+
+    def note(self, name: str) -> str:
+        """Which loss or entropy it is."""
+        if name == "loss" and self.several:
+            return "binary cross-entropy with logits, mean over the classes (nats)"
+        if name == "loss":
+            return "cross-entropy (nats)" + (
+                ", mean over the counted tokens of an example" if self.counted is not None else ""
+            )
+        return "of the sigmoids, mean over the classes (nats)" if name == "entropy" and self.several else ""
