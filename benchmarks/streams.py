@@ -8,11 +8,12 @@ import argparse
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Side, Work, ratio
 from residuum.cutting import cut
-from residuum.models import ResNet, ResNetConfig
+from residuum.models import Residual, ResNet, ResNetConfig
 from residuum.probes.passive import passive, perturbation
 from residuum.probes.readout import readouts
 
@@ -33,18 +34,30 @@ def hauser() -> ResNet:
     return ResNet(ResNetConfig(blocks=(BLOCKS,) * 3, channels=1)).eval()
 
 
+class PlainBlock(nn.Module):
+    """A block as it stands in most scripts."""
+
+    def __init__(self, ours: Residual) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = ours.norm1, ours.conv1, ours.norm2, ours.conv2
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(h))))))
+
+
 class Plain(nn.Module):
     """The same network as people write it: default memory layout, blocks called as modules."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = hauser()
+        self.sections = nn.ModuleList(nn.ModuleList(map(PlainBlock, blocks)) for blocks in self.model.sections)
         for p in self.model.parameters():  # `to(memory_format=...)` leaves the strides of the one-channel stem
             p.data = p.data.clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.model.stem(x)
-        for s, blocks in enumerate(self.model.sections):
+        for s, blocks in enumerate(self.sections):
             h = self.model.transitions[s - 1](h) if s else h
             for block in blocks:
                 h = block(h)
@@ -61,7 +74,7 @@ def hooks() -> Work:
         h = args[0]
         norms.append(((output - h).flatten(1).norm(dim=1), h.flatten(1).norm(dim=1)))
 
-    for section in model.model.sections:
+    for section in model.sections:
         for block in section:
             block.register_forward_hook(hook)
 
@@ -145,7 +158,9 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     with torch.no_grad():
         check()
-    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread, {pairs} pairs")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread, {pairs} pairs"
+    )
     print("| ours / theirs | ratio | limit | theirs, s |\n| --- | --- | --- | --- |")
     for name, ours, theirs, limit in COMPARISONS:
         found, base = ratio(ours, theirs, pairs=pairs)

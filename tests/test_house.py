@@ -19,12 +19,16 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "files", "memory", "names", "vision", "calls"],
-    ["streams", "finding", "recording"],
-    ["cutting", "data"],
+    ["schedules", "names", "memory", "vision", "calls", "readings"],
+    ["streams", "finding", "recording", "files", "progress", "titles"],
+    ["cutting", "data", "charts"],
     ["models", "profiles"],
-    ["probes", "nulls", "training"],
-    ["indices"],
+    ["probes", "nulls", "training", "zoos"],
+    ["indices", "loading"],
+    ["probing", "report"],
+    ["results", "flags"],
+    ["commands"],
+    ["cli"],
 ]
 
 
@@ -36,7 +40,7 @@ def imported(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("residuum"):
             if node.module == "residuum":
-                yield from (alias.name for alias in node.names)
+                yield from (alias.name for alias in node.names if alias.name != "__version__")
             else:
                 yield node.module.removeprefix("residuum.")
         elif isinstance(node, ast.Import):

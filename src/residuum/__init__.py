@@ -21,6 +21,7 @@ _HOMES = {
     "profile": "profiles",
     "ResNet": "models",
     "ResNetConfig": "models",
+    "load_model": "loading",
     "calibrate_": "nulls",
     "null_model": "nulls",
 }

@@ -106,15 +106,14 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
     if not runs:
         raise ValueError("cut: which blocks run depends on the state, so the model is not one path of states")
     _check_batch(state_of(calls[runs[0][0]].output).shape, x)
-    names = [_section_name([calls[p].name for p in run], s) for s, run in enumerate(runs)]
+    names = _section_names([[calls[p].name for p in run] for run in runs])
     sections = []
     for s, run in enumerate(runs):
         after = runs[s - 1][-1] if s else -1
         passed = tuple(call.name for call in calls[after + 1 : run[0]])
         blocks = tuple(Block(calls[p].name, calls[p]) for p in run)
         entry = _entry(twin, recording, x, after, run[0])
-        name = names[s] if names.count(names[s]) == 1 else blocks[0].name
-        sections.append(Section(name, entry, blocks, passed))
+        sections.append(Section(names[s], entry, blocks, passed))
     return Stream(x, tuple(sections), _readout(twin, recording, x, runs[-1][-1]), _mask(x))
 
 
@@ -186,13 +185,16 @@ def _refuse(stream: Stream, where: str) -> None:
     )
 
 
-def _section_name(names: list[str], number: int) -> str:
-    """The common beginning of the blocks' names, or a number."""
-    parts = [name.split(".") for name in names]
-    common = [a for a, *rest in zip(*parts, strict=False) if all(b == a for b in rest)]
-    if len(set(names)) > 1 and common:
-        return ".".join(common)
-    return ".".join(parts[0][:-1]) or f"section {number + 1}"
+def _section_names(sections: list[list[str]]) -> list[str]:
+    """What the names of each section's blocks have in common; numbered where that is not unique."""
+    found = []
+    for names in sections:
+        parts = [name.split(".") for name in names]
+        common = [a for a, *rest in zip(*parts, strict=False) if all(b == a for b in rest)]
+        found.append(".".join(common if len(set(names)) > 1 else parts[0][:-1]))
+    return [
+        name if name and found.count(name) == 1 else f"{name} section {s + 1}".strip() for s, name in enumerate(found)
+    ]
 
 
 def _mask(x: Any) -> Tensor | None:

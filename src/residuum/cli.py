@@ -1,0 +1,47 @@
+"""The command line: `residuum demo | train | probe | report`. Heavy packages are imported when a command runs."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from residuum.flags import Command, Demo, Probe, Report, Train
+
+ABOUT = "Cut any torch model into its residual stream, and measure what each block does."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The command line without the program's name; None is that of the process.
+
+    Returns:
+        0; 2 after an error of the user's, which is said in one line; 130 if stopped by Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        flags = tyro.cli(Command, prog="residuum", description=ABOUT, args=arguments)
+        from residuum import commands
+        from residuum.memory import keep_freed_memory
+
+        keep_freed_memory()
+        run = {Demo: commands.demo, Train: commands.train, Probe: commands.probe, Report: commands.report}
+        run[type(flags)](flags, shlex.join(["residuum", *arguments]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"residuum: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("residuum: stopped; no result was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

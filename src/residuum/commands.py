@@ -1,0 +1,232 @@
+"""What the commands do: resolve data, then a network, then measure, write, and say on the screen what came out."""
+
+import json
+import warnings
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from residuum import flags as options
+from residuum import report as report_page
+from residuum.data import Splits, load_splits
+from residuum.files import new_folder
+from residuum.indices import depth_advice, indices
+from residuum.loading import LoadedModel, load_model
+from residuum.models import ResNet, ResNetConfig
+from residuum.names import unknown
+from residuum.probing import Findings, ProbeConfig, choose
+from residuum.probing import probe as probe_network
+from residuum.progress import bar
+from residuum.results import write_findings, write_provenance, write_run
+from residuum.training import TrainConfig
+from residuum.training import train as train_network
+from residuum.zoos import Reads
+
+# Names of networks and folders are text, not markup.
+screen = Console(highlight=False, soft_wrap=True, markup=False)
+notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def demo(flags: options.Demo, command: str) -> None:
+    """Train a small network on the digits, measure it, write folder and report.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed, for the provenance.
+    """
+    start, common = perf_counter(), flags.common
+    device, data = find_device(common.device), _data("digits", common)
+    config = TrainConfig(epochs=flags.epochs, batch=common.batch, seed=common.seed)
+    with new_folder(flags.out, replace=flags.force or _of_a_demo(flags.out)) as folder:
+        network = ResNetConfig(blocks=(8, 8, 8), widths=(8, 16, 32), channels=1)
+        loaded = _trained(folder, network, data, config, device, common)
+        settings = ProbeConfig(batch=common.batch, device=device, dtype=_dtype(common), seed=common.seed)
+        findings = probe_network(loaded, data, settings, bar=bar)
+        title = "A residual network learns to read digits"
+        _write(folder, loaded, data, findings, title=title, seed=common.seed, command=command, start=start)
+    _say(flags.out, loaded, findings)
+
+
+def train(flags: options.Train, command: str) -> None:
+    """Train a network of our own and write it.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed, for the provenance.
+    """
+    start, common = perf_counter(), flags.common
+    device, data = find_device(common.device), _data(flags.data, common)
+    channels, classes = data.train.images.shape[1], len(data.train.classes)
+    network = ResNetConfig(flags.blocks, flags.widths, channels, classes, flags.transition, flags.head)
+    config = TrainConfig(
+        epochs=flags.epochs,
+        batch=common.batch,
+        lr=flags.lr,
+        momentum=flags.momentum,
+        weight_decay=flags.weight_decay,
+        seed=common.seed,
+    )
+    with new_folder(flags.out, replace=flags.force) as folder:
+        loaded = _trained(folder, network, data, config, device, common)
+        seconds = perf_counter() - start
+        title = f"{flags.out.name}, trained"
+        write_provenance(
+            folder, loaded, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds
+        )
+    last = loaded.training["history"][-1]
+    screen.print(f"test accuracy {last['test_accuracy']:.1%}, loss {last['test_loss']:.3f}, {seconds:.0f} s")
+    screen.print(f"network: {flags.out.resolve()}")
+
+
+def probe(flags: options.Probe, command: str) -> None:
+    """Measure a network and write folder and report.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed, for the provenance.
+    """
+    start, common = perf_counter(), flags.common
+    choose(flags.probes)
+    device, data = find_device(common.device), _data(flags.data, common)
+    measured = getattr(data, flags.split)
+    settings = ProbeConfig(
+        probes=flags.probes,
+        blocks=flags.blocks,
+        size=flags.size,
+        normalise=flags.normalise,
+        initial=flags.initial,
+        batch=common.batch,
+        device=device,
+        dtype=_dtype(common),
+        seed=common.seed,
+    )
+    with new_folder(flags.out, replace=flags.force) as folder:
+        loaded = _loaded(flags, len(measured.classes))
+        splits = Splits(data.train, measured)
+        findings = probe_network(loaded, splits, settings, bar=bar)
+        title = f"{loaded.name} on {measured.name}"
+        _write(folder, loaded, splits, findings, title=title, seed=common.seed, command=command, start=start)
+    _say(flags.out, loaded, findings)
+
+
+def report(flags: options.Report, command: str) -> None:
+    """Write one page about result folders.
+
+    Args:
+        flags: The command's options.
+        command: Not used.
+    """
+    if flags.out.exists() and not flags.force:
+        raise FileExistsError(f"{flags.out} exists; choose another file, or replace it with --force")
+    report_page.write(flags.folders, flags.out)
+    screen.print(f"report: {flags.out.resolve()}")
+
+
+def find_device(name: str) -> str:
+    """The device of that name, or with "auto" a graphics card if there is one.
+
+    Raises:
+        ValueError: If the name is unknown, or torch sees no such device here.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= cards:
+        raise ValueError(f"device {name!r}: torch sees {cards} cuda devices here; use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r}: torch sees none here; use --device cpu")
+    return name
+
+
+def _dtype(common: options.Common) -> torch.dtype:
+    return getattr(torch, common.dtype)
+
+
+def _data(name: str, common: options.Common) -> Splits:
+    """Both splits, each limited."""
+    if common.batch < 1:
+        raise ValueError(f"batch is {common.batch}; it must be at least 1")
+    return Splits(*(part.take(common.limit, seed=common.seed) for part in load_splits(name)))
+
+
+def _trained(
+    folder: Path, network: ResNetConfig, data: Splits, config: TrainConfig, device: str, common: options.Common
+) -> LoadedModel:
+    """A network trained and written to a folder."""
+    model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
+    with bar("training", config.epochs * len(data.train)) as show:
+        history = train_network(model, data, config, progress=show)
+    training = write_run(folder, model, data, config, history)
+    preparation = data.train.preparation
+    reads = Reads(preparation.size, preparation.mean, preparation.std)
+    return LoadedModel(model, "residual network", "trained by residuum", reads, data.train.classes, training)
+
+
+def _loaded(flags: options.Probe, classes: int) -> LoadedModel:
+    """The network that was asked for; warnings of its package in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        loaded = load_model(flags.model, weights=flags.weights, classes=classes, seed=flags.common.seed)
+    for message in {str(warning.message) for warning in caught}:
+        notices.print(f"note: {message}")
+    return loaded
+
+
+def _write(
+    folder: Path,
+    loaded: LoadedModel,
+    data: Splits,
+    findings: Findings,
+    *,
+    title: str,
+    seed: int,
+    command: str,
+    start: float,
+) -> None:
+    """Everything that was found, and the page about it."""
+    write_findings(folder, findings)
+    seconds = perf_counter() - start
+    write_provenance(folder, loaded, data.test, findings, title=title, seed=seed, command=command, seconds=seconds)
+    report_page.write([folder], folder / "report.html")
+
+
+def _say(out: Path, loaded: LoadedModel, findings: Findings) -> None:
+    """Sections, what was measured, notes and the place of the report, on the screen."""
+    measured = indices(findings.profile)
+    initial = {} if findings.initial is None else indices(findings.initial)
+    table = Table(
+        "section", "blocks", "scaled distance", "at initialisation", "depth for steps of 0.1", title=loaded.name
+    )
+    depths = {row["section"]: row for row in depth_advice(findings.profile)["sections"]}
+    for s, (name, blocks) in enumerate(zip(findings.profile.sections, findings.profile.lengths, strict=True)):
+        distances = [_number(found.get("scaled_distance"), s) for found in (measured, initial)]
+        low, high = (
+            sorted((depths[name]["fixed_distance"], depths[name]["square_root"])) if name in depths else ("", "")
+        )
+        table.add_row(name, str(blocks), *distances, f"{low} to {high}")
+    screen.print(table)
+    if "final_accuracy" in measured:
+        screen.print(f"accuracy {measured['final_accuracy']:.1%}")
+    for note in (*findings.notes, *([f"no initial values: {findings.initial_reason}"] if not initial else [])):
+        notices.print(f"note: {note}")
+    screen.print(f"report: {(out / 'report.html').resolve()}")
+
+
+def _number(index: dict[str, list[float]] | None, section: int) -> str:
+    value = index["sections"][section] if index else None
+    return "" if value is None else f"{value:.2f}"
+
+
+def _of_a_demo(folder: Path) -> bool:
+    """Whether an earlier demo wrote the folder, so that a second one may replace it."""
+    try:
+        about = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        return str(about["command"]).startswith("residuum demo")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,21 @@
+"""Data sets: real examples as tensors, checked when they are read."""
+
+from residuum.data.augmentation import TrainingImages
+from residuum.data.images import ImageSet, Preparation, Splits, batches, load, load_splits
+from residuum.data.subsets import balanced_subset
+from residuum.data.text import TextSet, TextSplits, load_text, text_batches
+
+__all__ = [
+    "ImageSet",
+    "Preparation",
+    "Splits",
+    "TextSet",
+    "TextSplits",
+    "TrainingImages",
+    "balanced_subset",
+    "batches",
+    "load",
+    "load_splits",
+    "load_text",
+    "text_batches",
+]

@@ -1,0 +1,120 @@
+"""Reading a labelled image set from an npz file, trusting nothing in it."""
+
+import zipfile
+import zlib
+from hashlib import file_digest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from residuum.names import nearest, one_line
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+
+
+class Content(NamedTuple):
+    """What an npz file holds: training split first."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+    classes: tuple[str, ...]
+    sha256: str
+
+
+def read_npz(path: Path) -> Content:
+    """The images [example, channel, row, column], labels and class names of an npz file.
+
+    The file holds `train_images`, `test_images` (uint8 [N, rows, columns, channels]), `train_labels`, `test_labels`
+    (int64 [N], or uint8 [N, classes] of 0 and 1 where several classes can be present) and `classes` (names).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or a key, shape, type or value is not as above.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    arrays = _arrays(path)
+    classes = arrays["classes"]
+    if classes.ndim != 1 or classes.dtype.kind != "U" or len(classes) < 1:
+        raise ValueError(f"{path}: classes must be a list of names, got {_kind(classes)}")
+    for split in ("train", "test"):
+        _check_images(path, f"{split}_images", arrays[f"{split}_images"])
+        _check_labels(path, f"{split}_labels", arrays[f"{split}_labels"], len(arrays[f"{split}_images"]), len(classes))
+    train, test = arrays["train_images"], arrays["test_images"]
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"{path}: train_images are {train.shape[1:]}, test_images {test.shape[1:]}; they must agree")
+    if arrays["train_labels"].ndim != arrays["test_labels"].ndim:
+        raise ValueError(f"{path}: train_labels and test_labels must be of one kind, class numbers or 0/1 columns")
+    images = [torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
+    labels = [torch.from_numpy(arrays[f"{split}_labels"]) for split in ("train", "test")]
+    with path.open("rb") as file:
+        checksum = file_digest(file, "sha256").hexdigest()
+    return Content(images, labels, tuple(map(str, classes)), checksum)
+
+
+def _missing(path: Path) -> Exception:
+    """The error for a file that is not there, with the nearest file in its folder."""
+    if path.is_dir():
+        return IsADirectoryError(f"{path} is a folder, not an npz file")
+    others = path.parent.glob("*.npz") if path.parent.is_dir() else ()
+    return FileNotFoundError(f"no such file: {path}; {nearest(path.name, (o.name for o in others))}".rstrip("; "))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays under the wanted keys. Pickled objects are refused."""
+    try:
+        with path.open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one bare array, not named ones")
+            if set(file.files) != set(KEYS):
+                raise _KeysError(
+                    f"{path}: keys must be {', '.join(KEYS)}; the file has {', '.join(sorted(file.files))}"
+                )
+            return {key: file[key] for key in KEYS}
+    except (_KeysError, PermissionError):
+        raise
+    except (ValueError, EOFError, OSError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is damaged, cut short or not an npz file of plain arrays: {one_line(error)}"
+        ) from error
+
+
+class _KeysError(ValueError):
+    """A whole file with other keys."""
+
+
+def _check_images(path: Path, key: str, images: np.ndarray) -> None:
+    """uint8 [N, rows, columns, channels], nothing empty."""
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise ValueError(f"{path}: {key} holds nan or infinity ({images.dtype}); images must be uint8, 0 to 255")
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path}: {key} must be uint8, 0 to 255, got {images.dtype}")
+    if images.ndim != 4:
+        raise ValueError(f"{path}: {key} must be [N, rows, columns, channels], got shape {images.shape}")
+    if len(images) == 0:
+        raise ValueError(f"{path}: {key} has no examples")
+    if images.size == 0:
+        raise ValueError(f"{path}: {key} has images without pixels, shape {images.shape}")
+
+
+def _check_labels(path: Path, key: str, labels: np.ndarray, examples: int, classes: int) -> None:
+    """int64 [N] below the number of classes, or uint8 [N, classes] of 0 and 1."""
+    if labels.ndim not in (1, 2) or labels.dtype != (np.int64, np.uint8)[labels.ndim - 1]:
+        raise ValueError(f"{path}: {key} must be int64 [N] or uint8 [N, classes], got {_kind(labels)}")
+    if len(labels) != examples:
+        raise ValueError(f"{path}: {key} has {len(labels)} labels for {examples} images")
+    if labels.ndim == 2 and labels.shape[1] != classes:
+        raise ValueError(f"{path}: {key} has {labels.shape[1]} columns for {classes} classes")
+    highest = classes - 1 if labels.ndim == 1 else 1
+    wrong = labels[(labels < 0) | (labels > highest)]
+    if len(wrong):
+        raise ValueError(f"{path}: {key} must lie in 0..{highest}, got {wrong[0]}")
+
+
+def _kind(array: np.ndarray) -> str:
+    """Type and shape in words."""
+    return f"{array.dtype} of shape {array.shape}"

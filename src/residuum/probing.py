@@ -1,0 +1,235 @@
+"""Probing: a loaded network on a data set, measured as given and at initialisation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from residuum.cutting import cut
+from residuum.data import ImageSet, Preparation, Splits, batches
+from residuum.loading import LoadedModel
+from residuum.names import unknown
+from residuum.nulls import NoNullModel, calibrate_, null_model
+from residuum.probes import misfit, pairs, passive, perturbation, readouts, state_norm, update_angle
+from residuum.profiles import Probe, Profile, profile
+from residuum.progress import Bar, quiet
+from residuum.streams import Stream
+
+CALIBRATION, CALIBRATION_BATCH = 1000, 100  # training images that set batch-norm statistics at initialisation
+PASSIVE = {"perturbation": perturbation, "state_norm": state_norm, "update_angle": update_angle}
+OTHERS = {"pairs": pairs, "readouts": readouts}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Settings of a probing run.
+
+    Attributes:
+        probes: Names of what is measured.
+        blocks: Names of the block modules where the search finds the wrong ones; empty searches.
+        size: Rows and columns that images are resized to; None is the network's own size, or else that of the data.
+        normalise: Whose mean and standard deviation: the network's own (the data's where it has none), the data's, or
+            ImageNet's.
+        initial: Measure the network at initialisation, too.
+        batch: Images measured at a time.
+        device: Where the work is done.
+        dtype: Number format of weights and states.
+        seed: Seed of the weights at initialisation and of the choice of images.
+    """
+
+    probes: tuple[str, ...] = (*PASSIVE, *OTHERS)
+    blocks: tuple[str, ...] = ()
+    size: int | None = None
+    normalise: Literal["model", "data", "imagenet"] = "model"
+    initial: bool = True
+    batch: int = 64
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What probing found.
+
+    Attributes:
+        profile: The network as given.
+        initial: The same network at initialisation; None if there is none.
+        initial_reason: Why there is none.
+        network: Class, sections and blocks, as JSON values.
+        notes: What a reader must know.
+    """
+
+    profile: Profile
+    initial: Profile | None
+    initial_reason: str
+    network: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def choose(names: Sequence[str]) -> list[Probe]:
+    """Probes by their names; the passive ones share one walk.
+
+    Raises:
+        ValueError: If a name is unknown (the nearest are offered), given twice, or none is given.
+    """
+    for name in names:
+        if name not in PASSIVE and name not in OTHERS:
+            raise unknown("probe", name, (*PASSIVE, *OTHERS))
+        if names.count(name) > 1:
+            raise ValueError(f"probe {name!r} is given twice")
+    if not names:
+        raise ValueError(f"no probes given; known: {', '.join((*PASSIVE, *OTHERS))}")
+    shared = [PASSIVE[name] for name in names if name in PASSIVE]
+    return [*([passive(*shared)] if shared else []), *(OTHERS[name] for name in names if name in OTHERS)]
+
+
+def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Preparation:
+    """How pixels become the input of a network: by its own constants, or those of the data where it has none.
+
+    Raises:
+        ValueError: If the channels do not fit.
+    """
+    own, reads = data.preparation, loaded.reads
+    mean, std = own.mean, own.std
+    if config.normalise == "imagenet":
+        mean, std = IMAGENET
+    elif config.normalise == "model" and reads.mean is not None:
+        mean, std = reads.mean, reads.std
+    channels = _channels(loaded.model) or len(mean)
+    if len(mean) == 1:
+        mean, std = mean * channels, std * channels
+    if len(mean) != channels:
+        raise ValueError(f"{loaded.name} reads {channels} channels, but there are {len(mean)} to standardise")
+    size = reads.size if config.size is None else (config.size, config.size)
+    return Preparation(own.white, mean, std, size)
+
+
+def probe(loaded: LoadedModel, data: Splits, config: ProbeConfig, *, bar: Bar = quiet) -> Findings:
+    """Measure a network as given and at initialisation.
+
+    The network itself is moved to the device and number format and its parameters stop asking for gradients. Batch norm
+    of random weights, which knows no data yet, gets its statistics from training images first.
+
+    Args:
+        loaded: The network.
+        data: Training images for batch norm at initialisation; test images, which are measured.
+        config: The settings.
+        bar: Opens a progress bar.
+
+    Raises:
+        ValueError: If the network does not read such images, or cannot be cut; the message says why.
+    """
+    probes, preparation = choose(config.probes), prepare_for(loaded, data.test, config)
+    model = loaded.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
+    give = partial(batches, preparation=preparation, device=config.device, dtype=config.dtype)
+    stream, output = _try(loaded, give(data.test.take(2, seed=0), batch=2), config)
+    labelled, about_labels = _labels(loaded, data.test, output)
+    if readouts in probes and output.ndim > 3:
+        probes.remove(readouts)
+        about_labels = f"outputs of shape {list(output.shape)} are no classes: readouts are skipped"
+
+    def calibration() -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = _for_calibration(data.train, config.seed)
+        return _shown(give(chosen, batch=CALIBRATION_BATCH), bar, "batch-norm statistics", len(chosen))
+
+    def measure(network: nn.Module, title: str) -> Profile:
+        given = _shown(give(data.test, batch=config.batch), bar, title, len(data.test))
+        return profile(network, ((x, y if labelled else None) for x, y in given), probes, blocks=config.blocks or None)
+
+    if loaded.fresh:
+        calibrate_(model, calibration())
+    found = measure(model, "measuring")
+    initial, reason = None, "this is the network at initialisation" if loaded.fresh else "it was not asked for"
+    if config.initial and not loaded.fresh:
+        try:
+            null = null_model(model, calibration(), seed=config.seed)
+            initial, reason = measure(null, "measuring at initialisation"), ""
+        except NoNullModel as error:
+            reason = str(error)
+    notes = tuple(filter(None, (_about_images(loaded, data.test, preparation, config), about_labels)))
+    return Findings(found, initial, reason, _describe(model, stream), notes)
+
+
+def _for_calibration(data: ImageSet, seed: int) -> ImageSet:
+    """Training images for batch-norm statistics; where there are enough, so many that all batches are of one size."""
+    count = min(len(data), CALIBRATION)
+    return data.take(count - count % CALIBRATION_BATCH or count, seed=seed)
+
+
+def _shown(given: Iterator[tuple[Tensor, Tensor]], bar: Bar, title: str, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches with a bar, which opens when the first is asked for."""
+    done = 0
+    with bar(title, total) as show:
+        for x, y in given:
+            yield x, y
+            done += len(y)
+            show(done, "")
+
+
+# What fits -------------------------------------------------------------------------------------------------------
+
+
+def _try(loaded: LoadedModel, given: Iterator[tuple[Tensor, Tensor]], config: ProbeConfig) -> tuple[Stream, Tensor]:
+    """The stream and the output of a few images, so that what does not fit is refused before the work."""
+    if getattr(loaded.model, "main_input_name", "") == "input_ids":
+        raise ValueError(f"{loaded.name} reads text, not images")
+    x, _ = next(given)
+    try:
+        with torch.no_grad():
+            stream = cut(loaded.model, x, config.blocks or None)
+            return stream, stream.run(keep=False).output
+    except (RuntimeError, AssertionError, TypeError, IndexError) as error:  # whatever a network says to a wrong shape
+        raise ValueError(
+            f"{loaded.name} does not run on images of shape {list(x.shape[1:])}: {error}; try another --size"
+        ) from error
+
+
+def _labels(loaded: LoadedModel, data: ImageSet, output: Tensor) -> tuple[bool, str]:
+    """Whether the labels are those of the network's outputs, and a line about it."""
+    skipped = "measures with labels are skipped"
+    if output.ndim != 2 or output.shape[1] != len(data.classes):
+        return (
+            False,
+            f"{loaded.name} has outputs {list(output.shape[1:])}, {data.name} {len(data.classes)} classes: {skipped}",
+        )
+    if loaded.classes is not None and loaded.classes != data.classes:
+        return False, f"the classes of {loaded.name} are not those of {data.name}: {skipped}"
+    reason = misfit(output, data.labels[: len(output)])
+    if reason:
+        return False, f"{reason}: {skipped}"
+    if loaded.classes is None and not loaded.fresh:
+        return True, "the network does not name its classes; they are taken to be in the order of the data's"
+    return True, ""
+
+
+def _about_images(loaded: LoadedModel, data: ImageSet, preparation: Preparation, config: ProbeConfig) -> str:
+    """What was done to the images for a network that reads others; "" if nothing."""
+    done = []
+    rows, columns = data.images.shape[2:]
+    if preparation.size not in (None, (rows, columns)):
+        done.append(f"resized from {rows}x{columns} to {preparation.size[0]}x{preparation.size[1]}")
+    if len(preparation.mean) != data.images.shape[1]:
+        done.append(f"their channel repeated {len(preparation.mean)} times")
+    if preparation.mean[: len(data.preparation.mean)] != data.preparation.mean:
+        whose = "ImageNet's" if config.normalise == "imagenet" else "the network's own"
+        done.append(f"standardised with {whose} mean and deviation")
+    return f"images: {', '.join(done)}" if done else ""
+
+
+def _channels(model: nn.Module) -> int | None:
+    """Channels that the first convolution reads; None if there is none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def _describe(model: nn.Module, stream: Stream) -> dict[str, Any]:
+    """Class, sections and blocks, as JSON values."""
+    sections = [
+        {"name": s.name, "blocks": [block.name for block in s.blocks], "passed": list(s.passed)}
+        for s in stream.sections
+    ]
+    return {"class": type(model).__name__, "sections": sections}

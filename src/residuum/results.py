@@ -1,0 +1,108 @@
+"""Result folders: what a run found and where it came from, as files that the report reads."""
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from residuum import __version__
+from residuum.data import ImageSet, Splits
+from residuum.files import write_atomically, write_json
+from residuum.indices import depth_advice, indices
+from residuum.loading import LoadedModel, save_run
+from residuum.models import ResNet
+from residuum.probing import Findings
+from residuum.profiles import Profile
+from residuum.training import Row, TrainConfig
+
+
+def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, history: list[Row]) -> dict[str, Any]:
+    """Write a trained network: config.json and weights.safetensors.
+
+    Returns:
+        Settings, data and history of the training, as JSON values.
+    """
+    training = {**asdict(config), "data": data.train.name, "data_sha256": data.train.sha256, "images": len(data.train)}
+    training["history"] = history
+    save_run(folder, model, preparation=data.train.preparation, classes=data.train.classes, training=training)
+    return training
+
+
+def write_findings(folder: Path, findings: Findings) -> None:
+    """Write profile.parquet and profile.safetensors, the same for "initial", and indices.json."""
+    write_profile(folder, "profile", findings.profile)
+    if findings.initial is not None:
+        write_profile(folder, "initial", findings.initial)
+    content = {
+        "measured": indices(findings.profile),
+        "initial": None if findings.initial is None else indices(findings.initial),
+        "initial_reason": findings.initial_reason,
+        "advice": depth_advice(findings.profile),
+    }
+    write_json(folder / "indices.json", content)
+
+
+def write_profile(folder: Path, name: str, profile: Profile) -> None:
+    """Write a profile as a table of means and as values per example."""
+    profile.save(folder / f"{name}.safetensors")
+    write_atomically(folder / f"{name}.parquet", lambda path: profile.to_pandas().to_parquet(path, index=False))
+
+
+def write_provenance(
+    folder: Path,
+    loaded: LoadedModel,
+    data: ImageSet,
+    findings: Findings | None,
+    *,
+    title: str,
+    seed: int,
+    command: str,
+    seconds: float,
+) -> None:
+    """Write provenance.json: what was measured, on what, by which command and versions; and history.json, if known.
+
+    Args:
+        folder: The result folder.
+        loaded: The network.
+        data: The images that were measured.
+        findings: What was found; None for a run that was trained only.
+        title: Heading of the report.
+        seed: Seed of the run.
+        command: The command line.
+        seconds: How long it took.
+    """
+    if loaded.training and "history" in loaded.training:
+        write_json(folder / "history.json", loaded.training["history"])
+    like = next(loaded.model.parameters())
+    versions = {
+        "residuum": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+    content = {
+        "title": title,
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "data": data.name,
+        "split": data.split,
+        "examples": len(data),
+        "data_sha256": data.sha256,
+        "loss": findings.profile.about.get("loss", "") if findings else "",
+        "seed": seed,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "versions": versions,
+        "device": str(like.device),
+        "dtype": str(like.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "network": findings.network if findings else {"class": type(loaded.model).__name__, "sections": []},
+        "training": loaded.training,
+        "notes": list(findings.notes) if findings else [],
+    }
+    write_json(folder / "provenance.json", content)

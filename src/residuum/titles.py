@@ -1,0 +1,210 @@
+"""The conclusion above each chart of the report, worked out from its numbers."""
+
+from collections.abc import Callable, Sequence
+from math import fsum
+from typing import Any
+
+from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
+
+SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
+Lengths = Sequence[int]
+
+
+def mean_of(table: Table, quantity: str) -> float:
+    """The mean over all points."""
+    values = [value.mean for value in table[quantity].values()]
+    return sum(values) / len(values)
+
+
+def distance(table: Table, section: int | None = None) -> float:
+    """Scaled distance: the sum of the scaled perturbations of one section, or of all."""
+    steps = table["scaled_perturbation"].items()
+    return fsum(value.mean for (s, _, _), value in steps if section in (None, s))
+
+
+def settled(table: Table, quantity: str = "accuracy") -> tuple[int, int]:
+    """The first state from which on an early exit is never worse than the last one by more than one point."""
+    states = sorted((s, i, value.mean) for (s, i, _), value in table[quantity].items())
+    final, first = states[-1][2], states[-1][:2]
+    for s, i, value in reversed(states):
+        if value < final - SAME:
+            break
+        first = (s, i)
+    return first
+
+
+def blocks_until(state: tuple[int, int], lengths: Lengths) -> int:
+    """How many blocks have run when the network is in a state."""
+    return sum(lengths[: state[0]]) + state[1]
+
+
+def half_way(table: Table, section: int) -> int | None:
+    """After how many blocks a section stays within half of its way to its last state; None where that is undefined."""
+    curve = [value.mean for (s, _, _), value in sorted(table["distance_to_last"].items()) if s == section]
+    return next((i for i in range(len(curve)) if all(left <= 0.5 for left in curve[i:])), None)
+
+
+def step(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of scaled perturbations."""
+    mean = mean_of(trained, "scaled_perturbation")
+    text = f"A block changes the state by {percent(mean)} of its length on average"
+    if not initial or "scaled_perturbation" not in initial:
+        return text
+    fresh = mean_of(initial, "scaled_perturbation")
+    ratio = mean / fresh if fresh else 1.0
+    word = "about as much as" if 0.9 <= ratio <= 1.1 else "less than" if ratio < 1 else "more than"
+    return f"{text}, {word} {before} ({percent(fresh)})"
+
+
+def sums(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of running sums."""
+    if len(lengths) == 1:
+        return f"Added up, the steps come to {number(distance(trained))} times the length of the state"
+    parts = [f"{number(distance(trained, s))} in section {s + 1}" for s in range(len(lengths))]
+    return f"Added up, the steps come to {listed(parts)}, in lengths of the state"
+
+
+def accuracy(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of early exits."""
+    right = percent(trained["accuracy"][max(trained["accuracy"])].mean)
+    good = f"the answers are as good as the final ones ({right} right), within one point"
+    late = f"No early exit is as good as the end ({right} right)"
+    return _settling(trained, lengths, "accuracy", good, f"{late}: stopping one block early costs more than one point")
+
+
+def agreement(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of agreement with the final answer."""
+    good, late = "99\u00a0% of the answers are the final ones", "The last block still changes answers"
+    return _settling(trained, lengths, "agreement", good, f"{late}: more than 1\u00a0% of them")
+
+
+def _settling(trained: Table, lengths: Lengths, quantity: str, good: str, late: str) -> str:
+    where, total = settled(trained, quantity), sum(lengths)
+    run = blocks_until(where, lengths)
+    if run == total:
+        return late
+    if where[1]:
+        start = f"After block {place(where[0], where[1] - 1, lengths)}"
+    else:
+        start = f"At the entry of section {where[0] + 1}" if len(lengths) > 1 else "Before the first block"
+    return f"{start}, with {run} of {total} blocks run, {good}"
+
+
+def loss(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of losses."""
+    values = trained["loss"]
+    steps = [values[s, i + 1, n].mean - value.mean for (s, i, n), value in values.items() if (s, i + 1, n) in values]
+    first, last = values[min(values)].mean, values[max(values)].mean
+    falls = sum(change < 0 for change in steps)
+    return f"{falls} of {len(steps)} blocks lower the loss of an early exit, from {number(first)} to {number(last)}"
+
+
+def angle(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of angles between updates."""
+    values = list(trained["update_angle"].values())
+    if len(values) == 1:
+        return f"The one block that follows another has a cosine of {cosine(values[0].mean)} with it"
+    on = sum(value.mean > max(0.1, 2 * value.stderr) for value in values)
+    back = sum(value.mean < -max(0.1, 2 * value.stderr) for value in values)
+    kinds = {
+        "lean towards the direction of the block before": on,
+        "lean against the direction of the block before": back,
+        "take a new direction, nearly at right angles to the block before": len(values) - on - back,
+    }
+    word, most = max(kinds.items(), key=lambda kind: kind[1])
+    return f"{most} of {len(values)} blocks {word} (mean cosine {cosine(mean_of(trained, 'update_angle'))})"
+
+
+def last(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of distances to a section's last state."""
+    halves = [(s, half_way(trained, s)) for s in range(len(lengths))]
+    parts = [
+        f"{half} of {lengths[s]} blocks" + (f" in section {s + 1}" if len(lengths) > 1 else "")
+        for s, half in halves
+        if half is not None and lengths[s] > 1
+    ]
+    if max(lengths) == 1:
+        return "Every section has one block, which goes all of its way"
+    return f"Half of the way to the last state is done after {listed(parts)}" if parts else "The state does not move"
+
+
+def cuts(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of runs of consecutive blocks."""
+    singles = {key: value.mean for key, value in trained["angular_distance"].items() if key[2] == 1}
+    (section, index, _), least = min(singles.items(), key=lambda item: item[1])
+    return f"Block {place(section, index, lengths)} turns the state least, by {percent(least)} of a half turn"
+
+
+Title = Callable[[Table, Table | None, Lengths, str], str]
+TITLES: dict[str, Title] = {
+    "step": step,
+    "distance": sums,
+    "accuracy": accuracy,
+    "loss": loss,
+    "agreement": agreement,
+    "angle": angle,
+    "last": last,
+    "cuts": cuts,
+}
+
+
+def depth(advice: Sequence[dict[str, Any]], eps: float) -> str:
+    """Of the chart of depth ranges."""
+    has, fixed, root = (sum(row[field] for row in advice) for field in ("blocks", "fixed_distance", "square_root"))
+    low, high = sorted((fixed, root))
+    span = f"{low} to {high}" if low < high else f"{low}"
+    why = "depending on how distance grows with depth"
+    return f"A mean step of {whole(eps)} would take {span} blocks, {why}; there are {has}"
+
+
+def training(history: Sequence[dict[str, Any]]) -> str:
+    """Of the chart of training."""
+    final = history[-1]
+    return (
+        f"After {final['epoch']} epochs the network is right on {percent(final['test_accuracy'])} of the test examples"
+    )
+
+
+def _settled_part(table: Table, lengths: Lengths, quantity: str = "accuracy") -> float:
+    return blocks_until(settled(table, quantity), lengths) / sum(lengths)
+
+
+def _half_part(table: Table, lengths: Lengths) -> float:
+    half = half_way(table, len(lengths) - 1)
+    return 0.0 if half is None else half / lengths[-1]
+
+
+# What is compared under each chart: the beginning of the sentence, the number of one network, and how it is written.
+COMPARED: dict[str, tuple[str, Callable[[Table, Lengths], float], Callable[[float], str]]] = {
+    "step": ("Mean step of a block", lambda table, _: mean_of(table, "scaled_perturbation"), percent),
+    "distance": ("All steps added up, in lengths of the state", lambda table, _: distance(table), number),
+    "accuracy": ("Blocks until early exits are as good as the last", _settled_part, percent),
+    "loss": ("Loss at the end", lambda table, _: table["loss"][max(table["loss"])].mean, number),
+    "agreement": (
+        "Blocks until 99\u00a0% of the answers are final",
+        lambda table, lengths: _settled_part(table, lengths, "agreement"),
+        percent,
+    ),
+    "angle": ("Mean cosine between successive updates", lambda table, _: mean_of(table, "update_angle"), cosine),
+    "last": ("Blocks of the last section until half of its way is done", _half_part, percent),
+}
+
+
+def compared(key: str, networks: Sequence[tuple[str, Table, Lengths]]) -> str:
+    """Of a chart with several networks: the number of each, or the extremes where there are more than four."""
+    beginning, value, show = COMPARED[key]
+    found = [(value(table, lengths), shortened(name, 40)) for name, table, lengths in networks]
+    if len(found) > 4:
+        return f"{beginning}: from {' to '.join(f'{show(v)} in {name}' for v, name in (min(found), max(found)))}"
+    return f"{beginning}: {listed([f'{show(v)} in {name}' for v, name in found])}"
+
+
+def law(networks: Sequence[tuple[str, Table, Lengths]]) -> str:
+    """Of the chart of distances against depth: growth from the shallowest to the deepest network."""
+    few, many = (pick(networks, key=lambda network: sum(network[2])) for pick in (min, max))
+    low, high = sum(few[2]), sum(many[2])
+    growth = distance(many[1]) / distance(few[1])
+    return (
+        f"From {low} to {high} blocks the scaled distance is multiplied by {number(growth)} "
+        f"(1 if it were fixed, {number((high / low) ** 0.5)} under the square-root law)"
+    )

@@ -1,0 +1,299 @@
+"""Bad input at the command line: one clear line, exit code 2, no traceback, and nothing of the user's lost."""
+
+import os
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datafiles import write_npz
+from residuum import commands
+from residuum.cli import main
+from residuum.files import new_folder, write_atomically, write_json
+from residuum.models import ResNet, ResNetConfig
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Refused:
+    """Runs a command that must be refused; gives the line that says why."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        shown = capsys.readouterr().err
+        _, mark, message = shown.rpartition("residuum: ")
+        assert mark
+        assert "Traceback" not in shown
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad") / "run"
+    network = ("--blocks", "1", "1", "--widths", "4", "8", "--epochs", "1", "--limit", "20")
+    assert main(["train", "--out", str(folder), *network]) == 0
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name."""
+    return {str(entry.relative_to(folder)): entry.read_bytes() for entry in folder.rglob("*") if entry.is_file()}
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_model_data_probe_device(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    probe = ("probe", "--out", out, "--data", "digits")
+    assert "did you mean 'resnet18'" in refused(*probe, "torchvision:resnet19", "--weights", "random")
+    assert "unknown data 'digit'; did you mean 'digits'" in refused("train", "--out", out, "--data", "digit")
+    assert "unknown probe 'pair'; did you mean 'pairs'" in refused(*probe, trained, "--probes", "pair")
+    assert "unknown device 'gpu'" in refused(*probe, trained, "--device", "gpu")
+    assert "unknown device 'cuda:x'" in refused(*probe, trained, "--device", "cuda:x")
+    assert "given twice" in refused(*probe, trained, "--probes", "pairs", "pairs")
+    assert "no probes given" in refused(*probe, trained, "--probes")
+    assert not out.exists()
+
+
+def test_a_missing_data_file_offers_the_nearest(refused: Refused, tmp_path: Path) -> None:
+    write_npz(tmp_path / "birds.npz")
+    message = refused("train", "--out", tmp_path / "out", "--data", tmp_path / "brids.npz")
+    assert "no such file" in message
+    assert "did you mean 'birds.npz'" in message
+
+
+def test_data_are_resolved_before_any_weights_are_fetched(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(commands, "load_model", load)
+    assert "unknown data" in refused("probe", "torchvision:resnet18", "--data", "x", "--out", tmp_path / "out")
+
+
+# Data ------------------------------------------------------------------------------------------------------------
+
+NO = np.zeros
+WRONG_FILES = {
+    "keys": ({"test_labels": None}, "keys must be train_images, train_labels, test_images, test_labels, classes"),
+    "more keys": ({"extra": NO(1)}, "the file has classes, extra"),
+    "shape": ({"train_images": NO((12, 5, 4), np.uint8)}, r"must be \[N, rows, columns, channels\]"),
+    "shapes": ({"test_images": NO((6, 5, 5, 3), np.uint8)}, "they must agree"),
+    "dtype": ({"train_images": NO((12, 5, 4, 3), np.float32)}, "must be uint8, 0 to 255, got float32"),
+    "nan": ({"train_images": np.full((12, 5, 4, 3), np.nan)}, "train_images holds nan or infinity"),
+    "no pixels": ({"train_images": NO((12, 0, 4, 3), np.uint8)}, "images without pixels"),
+    "no examples": ({"test_images": NO((0, 5, 4, 3), np.uint8)}, "test_images has no examples"),
+    "label dtype": ({"train_labels": NO(12, np.int32)}, r"must be int64 \[N\] or uint8 \[N, classes\], got int32"),
+    "label float": ({"train_labels": NO(12)}, "got float64"),
+    "label number": ({"train_labels": NO(11, np.int64)}, "11 labels for 12 images"),
+    "label high": ({"train_labels": np.full(12, 3)}, r"must lie in 0\.\.2, got 3"),
+    "label low": ({"test_labels": np.full(6, -1)}, r"must lie in 0\.\.2, got -1"),
+    "label columns": ({"train_labels": NO((12, 4), np.uint8)}, "4 columns for 3 classes"),
+    "label values": ({"train_labels": np.full((12, 3), 2, np.uint8)}, r"must lie in 0\.\.1, got 2"),
+    "label kinds": ({"train_labels": NO((12, 3), np.uint8)}, "must be of one kind"),
+    "classes": ({"classes": NO(3)}, "classes must be a list of names"),
+    "pickle": ({"classes": np.array(["a", {}, 3], dtype=object)}, "not an npz file of plain arrays"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_npz_with_wrong_content(case: str, refused: Refused, tmp_path: Path) -> None:
+    changes, message = WRONG_FILES[case]
+    path = write_npz(tmp_path / "x.npz", **changes)
+    said = refused("train", "--out", tmp_path / "out", "--data", path)
+    assert re.search(message, said), said
+    assert str(path) in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_cut_short_anywhere_is_refused(refused: Refused, tmp_path: Path) -> None:
+    whole = write_npz(tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "cut.npz"
+    for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert "is damaged, cut short or not an npz file" in refused("train", "--out", tmp_path / "o", "--data", path)
+    changed = bytearray(whole)
+    changed[len(whole) // 3] ^= 255
+    path.write_bytes(changed)
+    assert "is damaged" in refused("train", "--out", tmp_path / "o", "--data", path)
+
+
+def test_other_files_are_refused(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert "one bare array" in refused("train", "--out", tmp_path / "o", "--data", path)
+    path.write_text("text")
+    assert "not an npz file" in refused("train", "--out", tmp_path / "o", "--data", path)
+    (tmp_path / "folder.npz").mkdir()
+    assert "is a folder" in refused("train", "--out", tmp_path / "o", "--data", tmp_path / "folder.npz")
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_zero_of_anything(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    probe = ("probe", trained, "--data", "digits", "--out", out)
+    assert "limit is 0; at least 1 example" in refused(*probe, "--limit", "0")
+    assert "batch is 0" in refused(*probe, "--batch", "0")
+    assert "size is (0, 0)" in refused(*probe, "--size", "0")
+    assert "every section needs at least 1 block" in refused("train", "--out", out, "--blocks", "2", "0", "2")
+    assert "one number per section" in refused("train", "--out", out, "--blocks", "2", "2")
+    assert "epochs (0)" in refused("train", "--out", out, "--epochs", "0")
+    assert "no result folder given" in refused("report", "--out", tmp_path / "page.html")
+    assert not out.exists()
+
+
+def test_a_network_without_blocks(refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "plain.py"
+    file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
+    message = refused("probe", f"{file}:net", "--data", "digits", "--out", tmp_path / "out", "--limit", "8")
+    assert "no residual block found in Sequential" in message
+
+
+def test_images_that_a_network_does_not_read(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = write_npz(tmp_path / "x.npz")
+    assert "reads 1 channels" in refused("probe", trained, "--data", data, "--out", out)
+    file = tmp_path / "plain.py"
+    file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n")
+    message = refused("probe", f"{file}:net", "--data", "digits", "--out", out)
+    assert "does not run on images of shape [1, 8, 8]" in message
+
+
+def test_cuda_where_there_is_none(
+    refused: Refused, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (("demo",), ("train",), ("probe", trained, "--data", "digits")):
+        message = refused(*command, "--out", tmp_path / "out", "--device", "cuda")
+        assert "torch sees 0 cuda devices here; use --device cpu" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_that_explodes(refused: Refused, tmp_path: Path) -> None:
+    message = refused("train", "--out", tmp_path / "out", "--lr", "1e30", "--limit", "200")
+    assert "try a smaller learning rate" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+# Folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_kept(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    before = contents(trained)
+    assert "exists; choose another output folder, or replace it with --force" in refused("train", "--out", trained)
+    assert contents(trained) == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    message = refused("train", "--out", tmp_path, "--force")
+    assert "holds other files (thesis.tex)" in message
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+    assert "is a file" in refused("train", "--out", tmp_path / "thesis.tex", "--force")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(commands, "train_network", work)
+    (tmp_path / "file").write_text("")
+    assert "file is a file, so" in refused("train", "--out", tmp_path / "file" / "out")
+    if os.geteuid():  # root may write everywhere
+        tmp_path.chmod(0o500)
+        assert "Permission denied" in refused("train", "--out", tmp_path / "out")
+        tmp_path.chmod(0o700)
+
+
+def test_force_keeps_the_old_folder_until_the_new_one_is_complete(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("train", "--out", tmp_path / "run", "--blocks", "1", "--widths", "4", "--epochs", "1", "--limit", "20")
+    assert main([str(word) for word in command]) == 0
+    before = contents(tmp_path)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "write_provenance", fail)
+        assert "No space left on device" in refused(*command, "--force")
+    assert contents(tmp_path) == before
+    assert main([str(word) for word in (*command, "--force", "--seed", "1")]) == 0
+    assert contents(tmp_path).keys() == before.keys()
+    assert contents(tmp_path) != before
+
+
+def test_a_report_of_what_is_no_result(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert "is not a folder" in refused("report", tmp_path / "none", "--out", page)
+    assert "is not a complete result" in refused("report", trained, "--out", page)
+    assert not page.exists()
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [OSError("disk is full"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_the_old_file(stop: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"kept": 1})
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half of it")
+        raise stop
+
+    with pytest.raises(type(stop)):
+        write_atomically(path, write)
+    assert contents(tmp_path) == {"x.json": b'{\n  "kept": 1\n}\n'}
+
+
+def test_json_without_numbers_that_json_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_weights_are_written(tmp_path: Path) -> None:
+    """The limit on the size of files stands in for the disk."""
+    from residuum.data import Preparation
+    from residuum.loading import save_run
+
+    model = ResNet(ResNetConfig(blocks=(1,), widths=(32,)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"weights\.safetensors"), new_folder(tmp_path / "run") as folder:
+            save_run(folder, model, preparation=Preparation(255, (0.0,) * 3, (1.0,) * 3), classes=(), training={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    with new_folder(folder) as new:
+        write_json(new / "config.json", 1)
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target) == folder and not folder.exists() and (Path(source) / "history.json").exists():
+            raise OSError("the disk was pulled")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="pulled"), new_folder(folder, replace=True) as new:
+        write_json(new / "history.json", 2)
+    assert contents(tmp_path) == {"run/config.json": b"1\n"}

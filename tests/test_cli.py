@@ -1,0 +1,224 @@
+"""The command line from end to end: what each command writes, says and returns."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from datafiles import hf_folder, write_npz
+from residuum import commands, files, profiles
+from residuum.cli import main
+
+SMALL = ("--blocks", "2", "2", "--widths", "4", "8", "--epochs", "1", "--limit", "60")
+OF_A_PROBE = {
+    "profile.parquet",
+    "profile.safetensors",
+    "initial.parquet",
+    "initial.safetensors",
+    "indices.json",
+    "provenance.json",
+    "report.html",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network, trained a little by the command line."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def read(folder: Path, name: str) -> dict[str, object]:
+    return json.loads((folder / name).read_text())
+
+
+def test_help_imports_no_torch_and_lists_the_commands() -> None:
+    code = "import sys, residuum.cli\ntry: residuum.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report"]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "probe"])
+def test_every_command_that_runs_a_network_has_the_common_options(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--device", "--dtype", "--batch", "--limit", "--seed"))
+
+
+def test_a_mistyped_option_is_refused_with_the_nearest(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--out", "x", "--epoch", "3"])
+    assert stop.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_train_writes_a_run_folder(trained: Path) -> None:
+    assert {entry.name for entry in trained.iterdir()} == {
+        "config.json",
+        "weights.safetensors",
+        "history.json",
+        "provenance.json",
+    }
+    about = read(trained, "provenance.json")
+    assert about["command"].startswith("residuum train --out ")
+    assert about["training"]["epochs"] == 1
+    assert about["training"]["images"] == 60
+    assert len(read(trained, "history.json")) == 1
+    assert all(entry.stat().st_mode & 0o777 == 0o666 & ~_umask() for entry in trained.iterdir())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_training_twice_gives_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    assert main(["train", "--out", str(tmp_path / "again"), *SMALL]) == 0
+    assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
+
+
+def test_probe_writes_the_result_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "result"
+    assert main(["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "30", "--seed", "4"]) == 0
+    assert {entry.name for entry in out.iterdir()} == OF_A_PROBE | {"history.json"}
+    columns = ["quantity", "section", "point", "length", "at", "mean", "stderr", "count", "update"]
+    for name in ("profile", "initial"):
+        assert list(pd.read_parquet(out / f"{name}.parquet").columns) == columns
+        assert profiles.load(out / f"{name}.safetensors").examples.tolist() == list(range(30))
+    about, numbers = read(out, "provenance.json"), read(out, "indices.json")
+    assert about["examples"] == 30
+    assert about["seed"] == 4
+    assert about["data"] == "digits"
+    assert len(about["data_sha256"]) == 64
+    assert about["loss"] == "cross-entropy (nats)"
+    assert about["versions"].keys() == {"residuum", "torch", "numpy", "python"}
+    assert [len(section["blocks"]) for section in about["network"]["sections"]] == [2, 2]
+    assert about["notes"] == []
+    assert numbers["measured"]["scaled_distance"]["network"] > 0
+    assert numbers["initial"]["scaled_distance"]["network"] > 0
+    assert numbers["initial_reason"] == ""
+    assert len(numbers["advice"]["sections"]) == 2
+    assert str(out / "report.html") in capsys.readouterr().out
+
+
+def test_probing_twice_gives_the_same_values(trained: Path, tmp_path: Path) -> None:
+    for name, batch in (("a", "30"), ("b", "7")):
+        command = ["probe", str(trained), "--data", "digits", "--out", str(tmp_path / name), "--limit", "30"]
+        assert main([*command, "--batch", batch]) == 0
+    tables = [pd.read_parquet(tmp_path / name / "profile.parquet") for name in ("a", "b")]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
+
+
+def test_report_compares_folders(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    for name, split in zip(names, ("test", "train"), strict=True):
+        assert main(["probe", str(trained), "--data", "digits", "--out", name, "--limit", "20", "--split", split]) == 0
+    page = tmp_path / "page.html"
+    assert main(["report", *names, "--out", str(page)]) == 0
+    assert page.stat().st_size > 1000
+    assert str(page) in capsys.readouterr().out
+    assert main(["report", *names, "--out", str(page)]) == 2
+    assert main(["report", *names, "--out", str(page), "--force"]) == 0
+
+
+def test_demo_can_be_repeated_and_replaces_only_a_demo(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["demo", "--epochs", "1", "--limit", "40"]
+    for _ in range(2):
+        assert main(command) == 0
+        assert {entry.name for entry in Path("residuum-demo").iterdir()} == set(files.OURS)
+        assert str(tmp_path / "residuum-demo" / "report.html") in capsys.readouterr().out
+    assert main(["probe", str(trained), "--data", "digits", "--out", "mine", "--limit", "10"]) == 0
+    assert main([*command, "--out", "mine"]) == 2
+    assert "mine exists" in capsys.readouterr().err
+
+
+def test_chosen_probes_only(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    command = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "10", "--no-initial"]
+    assert main([*command, "--probes", "perturbation", "update_angle"]) == 0
+    found = set(pd.read_parquet(out / "profile.parquet").quantity)
+    assert found == {"perturbation", "scaled_perturbation", "update_angle"}
+    assert read(out, "indices.json")["initial"] is None
+    assert read(out, "indices.json")["initial_reason"] == "it was not asked for"
+    assert not (out / "initial.parquet").exists()
+
+
+def test_a_foreign_network_gets_its_kind_of_images_and_no_labels_of_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A classifier of 3 named classes on the 10 digits: resized, repeated, and measured without labels."""
+    processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    model, out = hf_folder(tmp_path / "model", processor=processor), tmp_path / "result"
+    assert main(["probe", f"hf:{model}", "--data", "digits", "--out", str(out), "--limit", "10"]) == 0
+    images, labels = read(out, "provenance.json")["notes"]
+    assert images == (
+        "images: resized from 8x8 to 16x16, their channel repeated 3 times, "
+        "standardised with the network's own mean and deviation"
+    )
+    assert re.search(r"has outputs \[3\], digits 10 classes: measures with labels are skipped", labels)
+    assert labels in capsys.readouterr().err.replace("\n", "")
+    found = set(pd.read_parquet(out / "profile.parquet").quantity)
+    assert {"entropy", "agreement", "label_change"} <= found
+    assert not found & {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize(("classes", "labelled"), [(("cat", "dog", "owl"), True), (("cat", "owl", "dog"), False)])
+def test_labels_are_used_only_where_the_classes_are_the_same(
+    classes: tuple[str, ...], labelled: bool, tmp_path: Path
+) -> None:
+    data = write_npz(tmp_path / "x.npz", classes=np.array(classes))
+    model, out = hf_folder(tmp_path / "model", processor=None), tmp_path / "result"
+    assert main(["probe", f"hf:{model}", "--data", str(data), "--out", str(out)]) == 0
+    found = set(pd.read_parquet(out / "profile.parquet").quantity)
+    assert ("accuracy" in found) == labelled
+
+
+def test_size_and_normalise_override_the_network(tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    command = ["probe", "timm:resnet26", "--weights", "random", "--data", "digits", "--out", str(out), "--limit", "4"]
+    assert main([*command, "--size", "32", "--normalise", "imagenet", "--probes", "perturbation"]) == 0
+    assert "to 32x32" in read(out, "provenance.json")["notes"][0]
+    assert read(out, "indices.json")["initial_reason"] == "this is the network at initialisation"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_number_formats(trained: Path, dtype: str, tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    command = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "10", "--dtype", dtype]
+    assert main(command) == 0
+    assert read(out, "provenance.json")["dtype"] == dtype
+
+
+def test_multi_hot_data_from_training_to_report(tmp_path: Path) -> None:
+    labels = np.eye(3, dtype=np.uint8)[np.arange(12) % 3] | np.eye(3, dtype=np.uint8)[0]
+    data = str(write_npz(tmp_path / "x.npz", train_labels=labels, test_labels=labels[:6]))
+    run, out = str(tmp_path / "run"), tmp_path / "result"
+    network = ("--blocks", "2", "--widths", "4", "--epochs", "1")
+    assert main(["train", "--data", data, "--out", run, *network]) == 0
+    assert main(["probe", run, "--data", data, "--out", str(out)]) == 0
+    assert read(out, "provenance.json")["loss"].startswith("binary cross-entropy")
+
+
+def test_interrupting_returns_130_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train_network", stop)
+    assert main(["train", "--out", str(tmp_path / "run"), *SMALL]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
