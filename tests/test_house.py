@@ -19,9 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "names", "memory", "vision", "calls", "readings"],
-    ["streams", "finding", "recording", "files", "progress", "titles"],
-    ["cutting", "data", "charts"],
+    ["schedules", "names", "memory", "vision", "calls", "readings", "processes"],
+    ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
+    ["cutting", "data", "charts", "checkpoints"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
     ["indices", "loading"],

@@ -106,7 +106,8 @@ def test_an_exploding_learning_rate_stops_with_advice(digits: Splits) -> None:
         {"lr": float("nan")},
         {"momentum": 1.0},
         {"weight_decay": -1.0},
-        {"milestones": (0.5, 1.5)},
+        {"clip": 0.0},
+        {"accumulate": 0},
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:

@@ -1,7 +1,6 @@
 """Result folders: what a run found and where it came from, as files that the report reads."""
 
 import platform
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, hi
     Returns:
         Settings, data and history of the training, as JSON values.
     """
-    training = {**asdict(config), "data": data.train.name, "data_sha256": data.train.sha256, "images": len(data.train)}
-    training["history"] = history
+    about = {"data": data.train.name, "data_sha256": data.train.sha256, "images": len(data.train), "history": history}
+    training = config.describe() | about
     save_run(folder, model, preparation=data.train.preparation, classes=data.train.classes, training=training)
     return training
 

@@ -1,20 +1,25 @@
 """Training: one plain loop from a network and a data set to a trained network and its history."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from residuum.data import ImageSet, Preparation, Splits, batches
+from residuum.checkpoints import Progress, here, resume_, save
+from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.names import unknown
+from residuum.processes import Group, asked_to_stop, processes
+from residuum.rates import Rate, Steps
 
-Row = dict[str, int | float]  # one epoch of a history
+Row = dict[str, Any]  # one epoch of a history
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 EVALUATION_BATCH = 500
 
@@ -25,39 +30,62 @@ class TrainConfig:
 
     Attributes:
         epochs: Passes over the training images.
-        batch: Images in each step; the last step of an epoch may have fewer.
-        lr: Learning rate at the start; divided by 10 at each milestone.
-        momentum: Of the optimiser, without Nesterov's correction.
+        batch: Images in each optimiser step, of all processes together; the last step of an epoch may have fewer.
+        lr: Learning rate at the start.
+        rate: Its factor at each share of the training.
+        optimiser: "sgd" (with momentum, without Nesterov's correction) or "adam".
+        momentum: Of SGD.
         weight_decay: On weights only: not on biases nor on the scales and shifts of norms.
-        milestones: Shares of the training after which the learning rate falls.
-        seed: Seed of the order of the images, and of dropout where the model has it.
-        optimiser: "sgd".
+        clip: Largest norm of all gradients together; longer ones are scaled down. None: no limit.
+        accumulate: Parts in which a step's images are run, one after the other, for less memory. Batch norm then
+            normalises each part by itself.
+        precision: "float32", or "bfloat16" for the forward pass where torch's autocast allows it; weights, gradients
+            and evaluation stay in the network's own format.
+        augment: "none", or "crop_flip" for random windows after padding by 4 pixels, and mirror images.
+        seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
-    lr 0.1 divided by 10 at 50 % and 75 %, except for fewer epochs and smaller batches, which suit small data.
+    lr 0.1 divided by 10 at 50 % and 75 %, except for fewer epochs and smaller batches, which suit small data. P2
+    (Hauser 2019), section 3: crop and flip on CIFAR-10.
     """
 
     epochs: int = 20
     batch: int = 64
     lr: float = 0.1
+    rate: Rate = field(default_factory=Steps)
+    optimiser: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "float32"
+    augment: str = "none"
     seed: int = 0
-    optimiser: Literal["sgd"] = "sgd"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"epochs ({self.epochs}) and batch ({self.batch}) must be at least 1")
+        if self.epochs < 1 or self.batch < 1 or self.accumulate < 1:
+            raise ValueError(
+                f"epochs ({self.epochs}), batch ({self.batch}) and accumulate ({self.accumulate}) must be at least 1"
+            )
         if not (0 < self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
             raise ValueError(
                 f"lr ({self.lr}) must be above 0, momentum ({self.momentum}) in [0, 1), "
                 f"weight_decay ({self.weight_decay}) 0 or more"
             )
-        if not all(0 < milestone < 1 for milestone in self.milestones):
-            raise ValueError(f"milestones {self.milestones} must be shares of the training, between 0 and 1")
-        if self.optimiser != "sgd":
-            raise unknown("optimiser", self.optimiser, ("sgd",))
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip is {self.clip}; it must be above 0, or None")
+        allowed = {
+            "optimiser": ("sgd", "adam"),
+            "precision": ("float32", "bfloat16"),
+            "augment": ("none", "crop_flip"),
+        }
+        for name, known in allowed.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self) | {"rate": repr(self.rate)}
 
 
 def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> Float[Tensor, ""]:
@@ -114,92 +142,190 @@ def train(
     after_backward: Callable[[nn.Module, float], None] | None = None,
     after_epoch: Callable[[nn.Module], Row] | None = None,
     progress: Callable[[int, str], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 120.0,
 ) -> list[Row]:
     """Train a network in place. It ends in eval mode; for the same seed, machine and thread count it ends the same.
+
+    With a checkpoint file the training can be stopped at any moment, by Ctrl-C, SIGTERM or a crash, and called again:
+    it goes on from the file and ends with the bits with which it would have ended. The file is written after every
+    epoch, when the training is asked to stop, and every few minutes; it stays when the training is complete.
+
+    Under torchrun every process trains on its part of each batch and gradients are averaged over all images, so the
+    result is that of one process to rounding. Batch norm normalises each process's part by itself on processors, and
+    all parts together on CUDA (SyncBatchNorm); the running statistics that are kept are those of process 0. Process 0
+    alone writes the checkpoint. `after_backward` and `after_epoch` are called in every process.
 
     Args:
         model: The network; its parameters say where and in which number format the work is done.
         data: Training and test split.
         config: The settings.
-        loss: Loss of a batch.
-        after_backward: Called once per step between backward and the optimiser's step with the model and the share of
-            the training that is done; may change gradients.
+        loss: Mean loss of a batch.
+        after_backward: Called once per optimiser step, when all gradients are complete and before they are clipped,
+            with the model and the share of the training that is done; may change gradients.
         after_epoch: Called with the model in eval mode after each epoch; what it returns is merged into the history.
         progress: Called after each step with the number of images so far and a line that says how it goes.
+        checkpoint: The file to go on from, and to write. None: nothing is kept.
+        checkpoint_seconds: Longest time between two writings.
 
     Returns:
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
         test_loss, test_accuracy (after the epoch), seconds, and what `after_epoch` returned.
 
     Raises:
-        FloatingPointError: If the loss is not finite; the message says where and what to do.
+        FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
+            the last complete epoch or step before.
+        KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
+        ValueError: If the checkpoint belongs to other settings, data, machine or numbers of threads or processes.
     """
-    optimiser = _sgd(model, config)
-    order = torch.Generator().manual_seed(config.seed)
-    history: list[Row] = []
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        torch.manual_seed(config.seed)
-        for epoch in range(config.epochs):
+    with processes() as group, torch.random.fork_rng(devices=_cuda_devices(model)), asked_to_stop() as asked:
+        job = _Job(model, data, config, loss, group, after_backward, progress)
+        about = (
+            config.describe() | {"data": data.train.sha256, "images": len(data.train)} | here(group.size, job.device)
+        )
+        at = Progress()
+        if checkpoint is not None and checkpoint.exists():
+            at = resume_(checkpoint, model, job.optimiser, about)
+        keep = checkpoint is not None and group.rank == 0
+        written = perf_counter()
+        while at.epoch < config.epochs:
             start = perf_counter()
-            model.train()
-            row = _epoch(model, data.train, config, optimiser, order, epoch, loss, after_backward, progress)
-            model.eval()
-            test = evaluate(model, data.test, loss=loss, preparation=data.train.preparation)
-            row |= {f"test_{name}": value for name, value in test.items()} | {"seconds": perf_counter() - start}
-            history.append(row | (after_epoch(model) if after_epoch else {}))
-            if progress:
-                done = (epoch + 1) * len(data.train)
-                progress(done, f"epoch {epoch + 1}/{config.epochs}, test accuracy {test['accuracy']:.1%}")
-    return history
+            for done in job.steps(at):
+                at = done
+                stop = group.any(asked.is_set())
+                if keep and (stop or perf_counter() - written >= checkpoint_seconds):
+                    save(checkpoint, model, job.optimiser, at, about)
+                    written = perf_counter()
+                if stop:
+                    raise KeyboardInterrupt
+            row = job.finish_epoch(at) | {"seconds": perf_counter() - start}
+            at = Progress(at.epoch + 1, history=(*at.history, row | (after_epoch(model) if after_epoch else {})))
+            if keep:
+                save(checkpoint, model, job.optimiser, at, about)
+                written = perf_counter()
+        model.eval()
+        return list(at.history)
 
 
-def _epoch(
-    model: nn.Module,
-    data: ImageSet,
-    config: TrainConfig,
-    optimiser: torch.optim.Optimizer,
-    order: torch.Generator,
-    epoch: int,
-    loss: Loss,
-    after_backward: Callable[[nn.Module, float], None] | None,
-    progress: Callable[[int, str], None] | None,
-) -> Row:
-    """One pass over the training images in a new order."""
-    like = next(model.parameters())
-    steps = torch.randperm(len(data), generator=order).split(config.batch)
-    total = 0.0
-    for step, chosen in enumerate(steps):
-        share = (epoch + step / len(steps)) / config.epochs
-        rate = config.lr * 0.1 ** sum(share >= milestone for milestone in config.milestones)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        x = data.preparation(data.images[chosen].to(like.device)).to(like.dtype)
-        value = loss(model, x, data.labels[chosen].to(like.device))
-        if not value.isfinite():
+class _Job:
+    """What the steps of one training share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Splits,
+        config: TrainConfig,
+        loss: Loss,
+        group: Group,
+        after_backward: Callable[[nn.Module, float], None] | None,
+        progress: Callable[[int, str], None] | None,
+    ) -> None:
+        self.model, self.data, self.config, self.loss, self.group = model, data, config, loss, group
+        self.after_backward, self.progress = after_backward, progress
+        last = len(data.train) % config.batch or config.batch
+        if last < group.size:
+            raise ValueError(
+                f"the last step of an epoch has {last} images, too few for {group.size} processes; choose another batch"
+            )
+        like = next(model.parameters())
+        self.device = str(like.device)
+        self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
+        self.count = math.ceil(len(data.train) / config.batch)  # steps of an epoch
+        model.to(memory_format=torch.channels_last)
+        self.wrapped = group.wrap(model)
+        self.optimiser = make_optimiser(model, config)
+
+    def steps(self, at: Progress) -> Iterator[Progress]:
+        """The steps of the next epoch that are not done yet; after each, how far the training is."""
+        self.model.train()
+        order = torch.Generator().manual_seed(_seed(self.config.seed, at.epoch, 0))
+        part = (self.group.rank, self.group.size)
+        for x, y in self.images.batches(batch=self.config.batch, generator=order, skip=at.step, part=part):
+            torch.manual_seed(_seed(self.config.seed, at.epoch * self.count + at.step, 1 + self.group.rank))
+            images = min(self.config.batch, len(self.images) - at.step * self.config.batch)
+            value = self._step(x, y, at, images)
+            at = replace(at, step=at.step + 1, total=at.total + images * value)
+            if self.progress:
+                done = at.epoch * len(self.images) + min(at.step * self.config.batch, len(self.images))
+                self.progress(done, f"epoch {at.epoch + 1}/{self.config.epochs}, loss {value:.3f}")
+            yield at
+
+    def _step(self, x: Tensor, y: Tensor, at: Progress, images: int) -> float:
+        """One step of the optimiser; the mean loss over its images."""
+        config = self.config
+        share = (at.epoch + at.step / self.count) / config.epochs
+        for settings in self.optimiser.param_groups:
+            settings["lr"] = config.lr * config.rate(share)
+        value = self._gradients(x, y, images)
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is {value.item()} in epoch {epoch + 1}, step {step + 1} of {len(steps)}: "
+                f"the loss is {value} in epoch {at.epoch + 1}, step {at.step + 1} of {self.count}: "
                 f"training has diverged; try a smaller learning rate than {config.lr:g}"
             )
-        optimiser.zero_grad()
-        value.backward()
-        if after_backward:
-            after_backward(model, share)
-        optimiser.step()
-        total += len(chosen) * value.item()
-        if progress:
-            done = epoch * len(data) + min((step + 1) * config.batch, len(data))
-            progress(done, f"epoch {epoch + 1}/{config.epochs}, loss {value.item():.3f}")
-    return {"epoch": epoch + 1, "lr": rate, "train_loss": total / len(data)}
+        if self.after_backward:
+            self.after_backward(self.model, share)
+        if config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimiser.step()
+        return value
+
+    def _gradients(self, x: Tensor, y: Tensor, images: int) -> float:
+        """Gradients of the mean loss over the images of a step, those of all processes; and that mean."""
+        self.optimiser.zero_grad()
+        total = 0.0
+        parts = list(
+            zip(
+                x.split(-(-len(x) // self.config.accumulate)),
+                y.split(-(-len(y) // self.config.accumulate)),
+                strict=True,
+            )
+        )
+        for number, (some, labels) in enumerate(parts):
+            weight = len(some) / images
+            bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+            with self.group.gradients_wait(self.wrapped, number + 1 < len(parts)):
+                with bf16:
+                    value = self.loss(self.wrapped, some, labels)
+                # Processes' gradients are averaged, so each counts its images as if all processes had as many.
+                (value * (weight * self.group.size)).backward()
+            total += weight * value.item()
+        return self.group.sum(total)
+
+    def finish_epoch(self, at: Progress) -> Row:
+        """The epoch's row of the history, with the network evaluated in eval mode."""
+        self.model.eval()
+        self.group.share_buffers(self.model)
+        found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
+        if self.progress:
+            said = f"epoch {at.epoch + 1}/{self.config.epochs}, test accuracy {found['accuracy']:.1%}"
+            self.progress((at.epoch + 1) * len(self.images), said)
+        row = {
+            "epoch": at.epoch + 1,
+            "lr": self.optimiser.param_groups[0]["lr"],
+            "train_loss": at.total / len(self.images),
+        }
+        return row | {f"test_{name}": value for name, value in found.items()}
 
 
-def _sgd(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with weight decay on weights (two or more dimensions) only."""
+def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a training, with weight decay on weights (two or more dimensions) only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum)
+    groups = [group for group in groups if group["params"]]
+    if config.optimiser == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def _seed(seed: int, number: int, stream: int) -> int:
+    """A seed for one epoch's order or one step's dropout, so that no random state has to be kept.
+
+    A hash, because torch's generator for processors uses the low 32 bits only.
+    """
+    return int.from_bytes(sha256(f"{seed} {number} {stream}".encode()).digest()[:7])
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from residuum.data import fetching
 from residuum.data.archives import ARCHIVES, Source, source_named
 from residuum.data.npz import Content, read_npz
-from residuum.data.subsets import balanced_subset
+from residuum.data.subsets import balanced_subset, random_subset
 from residuum.names import unknown
 
 NAMES = ("digits", *(source.name for source in ARCHIVES))
@@ -90,12 +90,7 @@ class ImageSet:
         Raises:
             ValueError: If `count` is below 1.
         """
-        if count is None:
-            return self
-        if count < 1:
-            raise ValueError(f"limit is {count}; at least 1 example is needed")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self._chosen(order[:count].sort().values)
+        return self if count is None else self._chosen(random_subset(len(self), count, seed=seed))
 
     def balanced(self, count: int | None, *, seed: int) -> "ImageSet":
         """Exactly `count` examples, equally many of every class, in their old order; None is all. See `subsets`.

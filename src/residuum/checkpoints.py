@@ -1,0 +1,130 @@
+"""Checkpoints: all that a training needs to go on as if it had not been stopped, in one file that appears whole."""
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from residuum.files import write_atomically
+
+_FORMAT = "residuum checkpoint 1"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: Epochs that are complete.
+        step: Steps done in the next one.
+        total: Sum of that epoch's losses over its images so far.
+        history: One row per complete epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: float = 0.0
+    history: tuple[dict[str, Any], ...] = ()
+
+
+def here(world: int, device: str) -> dict[str, Any]:
+    """What must be the same for two runs to give the same bits: processor, threads, processes, torch."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "processes": world,
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "cpu family", "model")
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return " ".join(found[key] for key in wanted if key in found) or platform.machine()
+
+
+def save(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress, about: dict[str, Any]
+) -> None:
+    """Write a checkpoint, atomically. Random states are not in it: every step draws from a seed of its own.
+
+    Args:
+        path: The file.
+        model: The network; its state is kept.
+        optimiser: Its state is kept.
+        progress: How far the training is.
+        about: What a resumed run must have in common with this one: settings, data, machine.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; an older checkpoint stays.
+    """
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{index}/{name}": v for name, v in state.items() if isinstance(v, Tensor)}
+    content = {"progress": vars(progress), "about": about}
+    metadata = {"format": _FORMAT, "content": json.dumps(content)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, about: dict[str, Any]) -> Progress:
+    """Put a training back to where a checkpoint left it.
+
+    Args:
+        path: The file.
+        model: The network, its state replaced.
+        optimiser: Its state replaced.
+        about: Settings, data and machine of this run.
+
+    Returns:
+        How far the training was.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
+    """
+    content, tensors = _read(path)
+    theirs = content["about"]
+    different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
+    if different:
+        raise ValueError(
+            f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
+            "use the same settings, or delete it to start anew"
+        )
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser/"):
+            _, index, name = key.split("/")
+            like = parameters[int(index)]
+            # In the memory layout of the parameter, as the optimiser made it.
+            kept = torch.empty_like(like).copy_(value) if value.shape == like.shape and value.ndim else value
+            state.setdefault(int(index), {})[name] = kept
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    progress = content["progress"]
+    return Progress(progress["epoch"], progress["step"], progress["total"], tuple(progress["history"]))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a checkpoint, or is incomplete: {error}; delete it to start anew") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of residuum; choose another output folder")
+    return json.loads(metadata["content"]), tensors
