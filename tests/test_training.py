@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datafiles import write_npz
 from residuum.data import Splits, load_splits
 from residuum.models import ResNet, ResNetConfig
+from residuum.processes import Group
+from residuum.rates import Cosine, Steps, rate
 from residuum.training import TrainConfig, correct, evaluate, label_loss, train
+from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(1, 1), widths=(4, 8), channels=1)
 
@@ -130,3 +134,81 @@ def test_correct_is_the_largest_output_or_the_m_largest() -> None:
     assert correct(output, torch.tensor([0, 2])).tolist() == [True, False]
     several = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.uint8)
     assert correct(output, several).tolist() == [True, False]
+
+
+def test_parts_of_a_step_add_up_to_the_step(digits: Splits) -> None:
+    """Without batch norm, accumulation changes nothing beyond rounding, unequal parts included."""
+    models = [Small(norm=False, dropout=0).double() for _ in range(2)]
+    for model, parts in zip(models, (1, 3), strict=True):
+        train(model, digits, TrainConfig(epochs=2, batch=20, lr=0.05, accumulate=parts))
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_changed_before_they_are_clipped(digits: Splits) -> None:
+    lengths = []
+    model = Small(norm=False)
+
+    def enlarge(model: nn.Module, share: float) -> None:
+        for p in model.parameters():
+            p.grad.mul_(100)
+
+    def measured_step(optimiser: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        lengths.append(float(sum(p.grad.square().sum() for p in model.parameters()).sqrt()))
+
+    handle = register_optimizer_step_pre_hook(measured_step)
+    try:
+        train(model, digits, TrainConfig(epochs=1, batch=48, lr=0.01, clip=0.5), after_backward=enlarge)
+    finally:
+        handle.remove()
+    assert lengths == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"optimiser": "adam", "lr": 0.01}, {"precision": "bfloat16"}, {"rate": Cosine()}])
+def test_other_settings_learn_too(options: dict) -> None:
+    data = Splits(*(part.take(600, seed=0) for part in load_splits("digits")))
+    model = ResNet(ResNetConfig(blocks=(1, 1), widths=(8, 16), channels=1))
+    history = train(model, data, TrainConfig(**{"epochs": 5, "batch": 32} | options))
+    assert history[-1]["test_accuracy"] > 0.8
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_images_move_at_random_but_reproducibly(digits: Splits) -> None:
+    runs = []
+    for _ in range(2):
+        model = ResNet(NETWORK)
+        runs.append(train(model, digits, TrainConfig(epochs=2, augment="crop_flip"))[-1]["train_loss"])
+    plain = train(ResNet(NETWORK), digits, TrainConfig(epochs=2))[-1]["train_loss"]
+    assert runs[0] == runs[1] != plain
+
+
+def test_rates_of_the_papers() -> None:
+    """P1, training settings: epochs and learning rates, as meant and as printed (all start at 0.1)."""
+    meant, printed = rate("p1-resnet110"), rate("p1-resnet110-as-printed")
+    for epoch, value in ((0, 0.1), (79, 0.1), (80, 0.01), (120, 0.001), (200, 1e-4), (240, 1e-5), (299, 1e-5)):
+        assert 0.1 * meant(epoch / 300) == pytest.approx(value)
+    assert [0.1 * printed(epoch / 300) for epoch in (200, 240)] == pytest.approx([1e-5, 1.1e-5])
+    assert [0.1 * rate("p1-single")(epoch / 200) for epoch in (39, 40, 60, 80)] == pytest.approx(
+        [0.1, 0.02, 0.004, 0.0008]
+    )
+    assert [0.1 * rate("p1-wide")(epoch / 100) for epoch in (59, 60)] == pytest.approx([0.1, 0.02])
+    assert [Cosine()(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    with pytest.raises(ValueError, match=r"unknown rate 'cosin'; did you mean 'cosine'"):
+        rate("cosin")
+    with pytest.raises(ValueError, match="ascending"):
+        Steps(((0.5, 0.1), (0.2, 0.1)))
+
+
+def test_a_training_belongs_to_one_group_of_processes(digits: Splits) -> None:
+    assert Group().any(True)
+    assert Group().sum(2.0) == 2.0
+    model = nn.Linear(1, 1)
+    assert Group().wrap(model) is model
+
+
+def test_model_in_training_mode_ends_in_eval_mode_and_random_state_is_kept(digits: Splits) -> None:
+    model = ResNet(NETWORK).train()
+    before = torch.get_rng_state()
+    train(model, digits, TrainConfig(epochs=1))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(before, torch.get_rng_state())

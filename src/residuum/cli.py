@@ -1,4 +1,4 @@
-"""The command line: `residuum demo | train | probe | report`. Heavy packages are imported when a command runs."""
+"""The command line: `residuum demo | train | probe | report | data`. What is heavy is imported when a command runs."""
 
 import shlex
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from residuum.flags import Command, Demo, Probe, Report, Train
+from residuum.flags import Command, DataCommand, Demo, Probe, Report, Train
 
 ABOUT = "Cut any torch model into its residual stream, and measure what each block does."
 
@@ -27,7 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from residuum.memory import keep_freed_memory
 
         keep_freed_memory()
-        run = {Demo: commands.demo, Train: commands.train, Probe: commands.probe, Report: commands.report}
+        run = {
+            Demo: commands.demo,
+            Train: commands.train,
+            Probe: commands.probe,
+            Report: commands.report,
+            DataCommand: commands.data,
+        }
         run[type(flags)](flags, shlex.join(["residuum", *arguments]))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"residuum: {error}", file=sys.stderr)
@@ -37,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("residuum: stopped; no result was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"residuum: stopped; {stop or 'no result was written'}", file=sys.stderr)
         return 130
     return 0
 

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,15 +12,17 @@ from rich.table import Table
 
 from residuum import flags as options
 from residuum import report as report_page
-from residuum.data import Splits, load_splits
+from residuum.data import Splits, TextSplits, catalogue, load_splits, load_text
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
 from residuum.loading import LoadedModel, load_model
 from residuum.models import ResNet, ResNetConfig
-from residuum.names import unknown
+from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
 from residuum.probing import probe as probe_network
+from residuum.processes import rank
 from residuum.progress import bar
+from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
 from residuum.training import TrainConfig
 from residuum.training import train as train_network
@@ -38,7 +41,7 @@ def demo(flags: options.Demo, command: str) -> None:
         command: The command as it was typed, for the provenance.
     """
     start, common = perf_counter(), flags.common
-    device, data = find_device(common.device), _data("digits", common)
+    device, data = find_device(common.device), _images("digits", None, common)
     config = TrainConfig(epochs=flags.epochs, batch=common.batch, seed=common.seed)
     with new_folder(flags.out, replace=flags.force or _of_a_demo(flags.out)) as folder:
         network = ResNetConfig(blocks=(8, 8, 8), widths=(8, 16, 32), channels=1)
@@ -51,31 +54,42 @@ def demo(flags: options.Demo, command: str) -> None:
 
 
 def train(flags: options.Train, command: str) -> None:
-    """Train a network of our own and write it.
+    """Train a network of our own and write it; under torchrun process 0 writes.
 
     Args:
         flags: The command's options.
         command: The command as it was typed, for the provenance.
     """
     start, common = perf_counter(), flags.common
-    device, data = find_device(common.device), _data(flags.data, common)
+    device, data = find_device(common.device), _images(flags.data, flags.data_root, common)
     channels, classes = data.train.images.shape[1], len(data.train.classes)
     network = ResNetConfig(flags.blocks, flags.widths, channels, classes, flags.transition, flags.head)
     config = TrainConfig(
         epochs=flags.epochs,
         batch=common.batch,
         lr=flags.lr,
+        rate=rate(flags.rate),
+        optimiser=flags.optimiser,
         momentum=flags.momentum,
         weight_decay=flags.weight_decay,
+        clip=flags.clip,
+        accumulate=flags.accumulate,
+        precision=flags.precision,
+        augment=flags.augment,
         seed=common.seed,
     )
+    if rank():
+        model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
+        train_network(model, data, config, checkpoint=_checkpoint(flags.out))
+        return
     with new_folder(flags.out, replace=flags.force) as folder:
-        loaded = _trained(folder, network, data, config, device, common)
+        loaded = _trained(folder, network, data, config, device, common, checkpoint=_checkpoint(flags.out))
         seconds = perf_counter() - start
         title = f"{flags.out.name}, trained"
         write_provenance(
             folder, loaded, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds
         )
+    _checkpoint(flags.out).unlink(missing_ok=True)
     last = loaded.training["history"][-1]
     screen.print(f"test accuracy {last['test_accuracy']:.1%}, loss {last['test_loss']:.3f}, {seconds:.0f} s")
     screen.print(f"network: {flags.out.resolve()}")
@@ -90,7 +104,12 @@ def probe(flags: options.Probe, command: str) -> None:
     """
     start, common = perf_counter(), flags.common
     choose(flags.probes)
-    device, data = find_device(common.device), _data(flags.data, common)
+    device = find_device(common.device)
+    text = flags.data.endswith(".txt")
+    if text:
+        data = _limited(load_text(Path(flags.data), window=flags.window, tokenizer=_tokenizer(flags)), common)
+    else:
+        data = _images(flags.data, flags.data_root, common)
     measured = getattr(data, flags.split)
     settings = ProbeConfig(
         probes=flags.probes,
@@ -104,8 +123,8 @@ def probe(flags: options.Probe, command: str) -> None:
         seed=common.seed,
     )
     with new_folder(flags.out, replace=flags.force) as folder:
-        loaded = _loaded(flags, len(measured.classes))
-        splits = Splits(data.train, measured)
+        loaded = _loaded(flags, None if text else len(measured.classes))
+        splits = data._replace(test=measured)
         findings = probe_network(loaded, splits, settings, bar=bar)
         title = f"{loaded.name} on {measured.name}"
         _write(folder, loaded, splits, findings, title=title, seed=common.seed, command=command, start=start)
@@ -123,6 +142,19 @@ def report(flags: options.Report, command: str) -> None:
         raise FileExistsError(f"{flags.out} exists; choose another file, or replace it with --force")
     report_page.write(flags.folders, flags.out)
     screen.print(f"report: {flags.out.resolve()}")
+
+
+def data(flags: options.DataCommand, command: str) -> None:
+    """List or fetch data sets.
+
+    Args:
+        flags: The command's options.
+        command: Not used.
+    """
+    if isinstance(flags.what, options.DataFetch):
+        screen.print(f"{flags.what.name}: {catalogue.fetch(flags.what.name, flags.what.data_root)}", markup=False)
+    else:
+        screen.print(catalogue.listing(flags.what.data_root), markup=False)
 
 
 def find_device(name: str) -> str:
@@ -148,27 +180,62 @@ def _dtype(common: options.Common) -> torch.dtype:
     return getattr(torch, common.dtype)
 
 
-def _data(name: str, common: options.Common) -> Splits:
+def _images(name: str, root: Path | None, common: options.Common) -> Splits:
+    return _limited(load_splits(name, root), common)
+
+
+def _limited(data: Splits | TextSplits, common: options.Common) -> Splits | TextSplits:
     """Both splits, each limited."""
     if common.batch < 1:
         raise ValueError(f"batch is {common.batch}; it must be at least 1")
-    return Splits(*(part.take(common.limit, seed=common.seed) for part in load_splits(name)))
+    return type(data)(*(part.take(common.limit, seed=common.seed) for part in data))
+
+
+def _tokenizer(flags: options.Probe) -> Any:
+    """The tokenizer that belongs to the weights of a Hugging Face model; None (bytes) for random weights."""
+    kind, _, name = flags.model.partition(":")
+    if kind != "hf" or flags.weights == "random":
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flags.model} has no tokenizer for the text: {one_line(error)}") from error
+
+
+def _checkpoint(out: Path) -> Path:
+    """Where a training that writes to `out` keeps what it needs to go on."""
+    return out.with_name(f"{out.name}.checkpoint")
 
 
 def _trained(
-    folder: Path, network: ResNetConfig, data: Splits, config: TrainConfig, device: str, common: options.Common
+    folder: Path,
+    network: ResNetConfig,
+    data: Splits,
+    config: TrainConfig,
+    device: str,
+    common: options.Common,
+    checkpoint: Path | None = None,
 ) -> LoadedModel:
     """A network trained and written to a folder."""
     model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
-    with bar("training", config.epochs * len(data.train)) as show:
-        history = train_network(model, data, config, progress=show)
+    if checkpoint and checkpoint.exists():
+        notices.print(f"note: going on from {checkpoint}", markup=False)
+    try:
+        with bar("training", config.epochs * len(data.train)) as show:
+            history = train_network(model, data, config, progress=show, checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if checkpoint and checkpoint.exists():
+            raise KeyboardInterrupt(f"the same command goes on from {checkpoint}") from None
+        raise
     training = write_run(folder, model, data, config, history)
     preparation = data.train.preparation
     reads = Reads(preparation.size, preparation.mean, preparation.std)
     return LoadedModel(model, "residual network", "trained by residuum", reads, data.train.classes, training)
 
 
-def _loaded(flags: options.Probe, classes: int) -> LoadedModel:
+def _loaded(flags: options.Probe, classes: int | None) -> LoadedModel:
     """The network that was asked for; warnings of its package in one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

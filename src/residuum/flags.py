@@ -50,31 +50,48 @@ class Demo:
 class Train:
     """Train a pre-activation residual network and write it to a folder, which `probe` reads.
 
+    Stopped by Ctrl-C or a crash, the same command goes on from OUT.checkpoint. Under torchrun the processes share
+    every batch.
+
     Attributes:
         out: Folder to write.
-        data: digits, or path/FILE.npz.
+        data: digits, mnist, fashion-mnist, cifar10, cifar100, or path/FILE.npz.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
         head: With or without batch norm before the last pooling.
         epochs: Passes over the training images.
-        lr: Learning rate at the start; divided by 10 at half and at three quarters of the training.
-        momentum: Momentum of the optimiser.
+        lr: Learning rate at the start.
+        rate: How it changes: steps (divided by 10 at 50 % and 75 %), cosine, constant, or a schedule of P1.
+        optimiser: sgd with momentum, or adam.
+        momentum: Momentum of sgd.
         weight_decay: Weight decay, on weights only.
+        clip: Largest norm of the gradients.
+        accumulate: Parts in which the images of a step are run, for less memory.
+        precision: Number format of the forward pass.
+        augment: crop_flip pads by 4 pixels, crops and mirrors at random.
         force: Replace an existing result folder once the new one is complete.
         common: Options of every command that runs a network.
     """
 
     out: Path
     data: str = "digits"
+    data_root: Path | None = None
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection"] = "separate"
     head: Literal["norm", "pool"] = "norm"
     epochs: int = 20
     lr: float = 0.1
+    rate: str = "steps"
+    optimiser: Literal["sgd", "adam"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    clip: float | None = None
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    augment: Literal["none", "crop_flip"] = "none"
     force: bool = False
     common: Shared = field(default_factory=Common)
 
@@ -85,14 +102,16 @@ class Probe:
 
     Attributes:
         model: RUN_FOLDER, torchvision:NAME, timm:NAME, hf:NAME, or path/to/file.py:function (which runs that file).
-        data: digits, or path/FILE.npz.
+        data: digits, mnist, fashion-mnist, cifar10, cifar100, path/FILE.npz, or path/FILE.txt for a language model.
         out: Folder to write.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
         weights: pretrained, random, or FILE.safetensors.
         split: Images to measure.
         probes: What to measure: perturbation, state_norm, update_angle, pairs, readouts.
         blocks: Names of the block modules, where the search finds the wrong ones; * stands for one part of a name.
         size: Rows and columns that images are resized to, if not the network's own.
         normalise: Whose mean and deviation standardise the images; a network without its own takes the data's.
+        window: Tokens of a text that are one example.
         initial: Measure the network at initialisation, too.
         force: Replace an existing result folder once the new one is complete.
         common: Options of every command that runs a network.
@@ -101,12 +120,14 @@ class Probe:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     data: str
     out: Path
+    data_root: Path | None = None
     weights: str = "pretrained"
     split: Literal["test", "train"] = "test"
     probes: tuple[str, ...] = ("perturbation", "state_norm", "update_angle", "pairs", "readouts")
     blocks: tuple[str, ...] = ()
     size: int | None = None
     normalise: Literal["model", "data", "imagenet"] = "model"
+    window: int = 128
     initial: bool = True
     force: bool = False
     common: Shared = field(default_factory=Common)
@@ -127,4 +148,45 @@ class Report:
     force: bool = False
 
 
-Command = Demo | Train | Probe | Report
+@dataclass(frozen=True)
+class DataList:
+    """List the data sets that have a name, and whether they are on this machine.
+
+    Attributes:
+        data_root: Folder to look in; without it the cache.
+    """
+
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class DataFetch:
+    """Fetch a data set.
+
+    Attributes:
+        name: Its name.
+        data_root: Folder to put it in; without it the cache.
+    """
+
+    name: tyro.conf.Positional[str]
+    data_root: Path | None = None
+
+
+Data = Annotated[
+    Annotated[DataList, tyro.conf.subcommand("list")] | Annotated[DataFetch, tyro.conf.subcommand("fetch")],
+    tyro.conf.arg(name=""),
+]
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """List or fetch data sets.
+
+    Attributes:
+        what: What to do.
+    """
+
+    what: Data
+
+
+Command = Demo | Train | Probe | Report | Annotated[DataCommand, tyro.conf.subcommand("data")]

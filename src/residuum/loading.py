@@ -163,9 +163,6 @@ def _unknown_model(name: str) -> Exception:
     )
 
 
-# A folder of our own ---------------------------------------------------------------------------------------------
-
-
 def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
     """A network that we trained, or one of its configuration."""
     path = folder / "config.json"
@@ -193,9 +190,6 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
 
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-# A function in a file --------------------------------------------------------------------------------------------
 
 
 def _function(name: str, weights: str) -> LoadedModel:
@@ -227,9 +221,6 @@ def _function(name: str, weights: str) -> LoadedModel:
         return LoadedModel(model, name, f"as {function} returned them", Reads())
     load_weights_(model, Path(weights))
     return LoadedModel(model, name, weights, Reads())
-
-
-# Networks of others ----------------------------------------------------------------------------------------------
 
 
 def _of_a_zoo(kind: str, name: str, weights: str, classes: int | None, seed: int) -> LoadedModel:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from residuum.cutting import cut
-from residuum.data import ImageSet, Preparation, Splits, batches
+from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, batches, text_batches
 from residuum.loading import LoadedModel
 from residuum.names import unknown
 from residuum.nulls import NoNullModel, calibrate_, null_model
@@ -109,7 +109,7 @@ def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Pre
     return Preparation(own.white, mean, std, size)
 
 
-def probe(loaded: LoadedModel, data: Splits, config: ProbeConfig, *, bar: Bar = quiet) -> Findings:
+def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *, bar: Bar = quiet) -> Findings:
     """Measure a network as given and at initialisation.
 
     The network itself is moved to the device and number format and its parameters stop asking for gradients. Batch norm
@@ -117,16 +117,22 @@ def probe(loaded: LoadedModel, data: Splits, config: ProbeConfig, *, bar: Bar = 
 
     Args:
         loaded: The network.
-        data: Training images for batch norm at initialisation; test images, which are measured.
+        data: Training examples for batch norm at initialisation; test examples, which are measured.
         config: The settings.
         bar: Opens a progress bar.
 
     Raises:
-        ValueError: If the network does not read such images, or cannot be cut; the message says why.
+        ValueError: If the network does not read such examples, or cannot be cut; the message says why.
     """
-    probes, preparation = choose(config.probes), prepare_for(loaded, data.test, config)
+    probes = choose(config.probes)
+    _check_kind(loaded, data.test)
+    if isinstance(data.test, TextSet):
+        give, about_input = partial(text_batches, device=config.device), ""
+    else:
+        preparation = prepare_for(loaded, data.test, config)
+        give = partial(batches, preparation=preparation, device=config.device, dtype=config.dtype)
+        about_input = _about_images(loaded, data.test, preparation, config)
     model = loaded.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
-    give = partial(batches, preparation=preparation, device=config.device, dtype=config.dtype)
     stream, output = _try(loaded, give(data.test.take(2, seed=0), batch=2), config)
     labelled, about_labels = _labels(loaded, data.test, output)
     if readouts in probes and output.ndim > 3:
@@ -151,11 +157,24 @@ def probe(loaded: LoadedModel, data: Splits, config: ProbeConfig, *, bar: Bar = 
             initial, reason = measure(null, "measuring at initialisation"), ""
         except NoNullModel as error:
             reason = str(error)
-    notes = tuple(filter(None, (_about_images(loaded, data.test, preparation, config), about_labels)))
+    notes = tuple(filter(None, (about_input, about_labels)))
     return Findings(found, initial, reason, _describe(model, stream), notes)
 
 
-def _for_calibration(data: ImageSet, seed: int) -> ImageSet:
+def _check_kind(loaded: LoadedModel, data: ImageSet | TextSet) -> None:
+    """Refuse images for a network that reads text, text for one that reads images, tokens that it does not know."""
+    reads_text = getattr(loaded.model, "main_input_name", "") == "input_ids"
+    if reads_text and not isinstance(data, TextSet):
+        raise ValueError(f"{loaded.name} reads text, not images; give --data FILE.txt")
+    if isinstance(data, TextSet):
+        if not reads_text:
+            raise ValueError(f"{loaded.name} reads images, not text; give --data digits or FILE.npz")
+        known = loaded.model.get_input_embeddings().num_embeddings
+        if data.classes > known:
+            raise ValueError(f"{data.name} has {data.classes} different tokens, {loaded.name} knows {known}")
+
+
+def _for_calibration(data: ImageSet | TextSet, seed: int) -> ImageSet | TextSet:
     """Training images for batch-norm statistics; where there are enough, so many that all batches are of one size."""
     count = min(len(data), CALIBRATION)
     return data.take(count - count % CALIBRATION_BATCH or count, seed=seed)
@@ -171,27 +190,27 @@ def _shown(given: Iterator[tuple[Tensor, Tensor]], bar: Bar, title: str, total: 
             show(done, "")
 
 
-# What fits -------------------------------------------------------------------------------------------------------
-
-
 def _try(loaded: LoadedModel, given: Iterator[tuple[Tensor, Tensor]], config: ProbeConfig) -> tuple[Stream, Tensor]:
     """The stream and the output of a few images, so that what does not fit is refused before the work."""
-    if getattr(loaded.model, "main_input_name", "") == "input_ids":
-        raise ValueError(f"{loaded.name} reads text, not images")
     x, _ = next(given)
     try:
         with torch.no_grad():
             stream = cut(loaded.model, x, config.blocks or None)
             return stream, stream.run(keep=False).output
     except (RuntimeError, AssertionError, TypeError, IndexError) as error:  # whatever a network says to a wrong shape
+        shape = list((x["input_ids"] if isinstance(x, dict) else x).shape[1:])
+        advice = "--window" if isinstance(x, dict) else "--size"
         raise ValueError(
-            f"{loaded.name} does not run on images of shape {list(x.shape[1:])}: {error}; try another --size"
+            f"{loaded.name} does not run on examples of shape {shape}: {error}; try another {advice}"
         ) from error
 
 
-def _labels(loaded: LoadedModel, data: ImageSet, output: Tensor) -> tuple[bool, str]:
+def _labels(loaded: LoadedModel, data: ImageSet | TextSet, output: Tensor) -> tuple[bool, str]:
     """Whether the labels are those of the network's outputs, and a line about it."""
     skipped = "measures with labels are skipped"
+    if isinstance(data, TextSet):
+        reason = misfit(output, data.targets[: len(output)])
+        return not reason, f"{reason}: {skipped}" if reason else ""
     if output.ndim != 2 or output.shape[1] != len(data.classes):
         return (
             False,

@@ -77,9 +77,6 @@ def source_named(name: str, sources: Sequence[Source]) -> Source:
     raise unknown("archive", name, (source.name for source in sources))
 
 
-# IDX --------------------------------------------------------------------------------------------------------------
-
-
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a gzipped IDX file as an array, if they have the shape that they must have.
 
@@ -117,8 +114,6 @@ def _read_idx_pairs(source: Source, paths: Sequence[Path], classes: Sequence[str
     labels = [read_idx(path, (n,)) for path, n in zip(paths[1::2], source.counts, strict=True)]
     return _content(source, paths[0].parent, [part[:, None] for part in images], labels, classes)
 
-
-# CIFAR ------------------------------------------------------------------------------------------------------------
 
 _LONGEST_TEXT = 1 << 16  # bytes of a list of class names
 
@@ -169,9 +164,6 @@ def _members(path: Path, sizes: dict[str, int], text: str) -> dict[str, bytes]:
     return found
 
 
-# Both -------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     """Every way in which a compressed file can be broken, as one error."""
@@ -196,9 +188,6 @@ def _content(
         digest.update(answers.tobytes())
     tensors = [torch.from_numpy(np.require(part, requirements="W")) for part in images]
     return Content(tensors, [torch.from_numpy(part).long() for part in numbers], tuple(classes), digest.hexdigest())
-
-
-# The table --------------------------------------------------------------------------------------------------------
 
 
 def _idx_files(url: str, sums_and_sizes: Sequence[tuple[str, int]]) -> tuple[File, ...]:

@@ -1,0 +1,227 @@
+"""A training that was stopped, in whatever way, ends with the bits with which it would have ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from residuum.data import Splits
+from residuum.training import TrainConfig, train
+from trainer import Small, data
+
+TRAINER = Path(__file__).with_name("trainer.py")
+
+
+def program(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the trainer, under torchrun if there are several processes."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINER.parent)}
+    command = [*start, str(TRAINER), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def result(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Weights and history that the trainer wrote."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["history"])  # noqa: SIM118
+
+
+def same(a: Path, b: Path) -> None:
+    (weights, history), (others, rows) = result(a), result(b)
+    assert history == rows
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.equal(weights[name], others[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((), id="sgd"),
+        pytest.param(("optimiser=adam", "clip=0.5", "accumulate=3"), id="adam", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_again_and_again_it_ends_the_same(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """kill -9 in the first step, inside an epoch, and in the first step of the last one."""
+    program(tmp_path / "whole", "-", "NORM", 0, *settings)
+    for kill_at in (1, 5, 9):  # counted from each start: the run is killed before step 1, 5, 13 of 21
+        done = program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", kill_at, *settings, check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert not (tmp_path / "parts").exists()
+    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, *settings)
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_after_every_epoch_is_enough(tmp_path: Path) -> None:
+    program(tmp_path / "whole", "-", "NORM", 0)
+    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 11, "every=1000", check=False)
+    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, "every=1000")
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def run(checkpoint: Path | None, *, stop_at: int = 0, config: TrainConfig | None = None) -> tuple[nn.Module, list]:
+    """Train in this process; at one step ask it to stop, as Ctrl-C does."""
+    steps = 0
+
+    def after_backward(model: nn.Module, share: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = Small(norm=True)
+    config = config or TrainConfig(epochs=2, batch=30, lr=0.05)
+    history = train(model, data(), config, after_backward=after_backward, checkpoint=checkpoint)
+    return model, [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+def test_ctrl_c_ends_the_step_writes_and_goes_on_later(tmp_path: Path) -> None:
+    whole, history = run(None)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for stop_at in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "checkpoint", stop_at=stop_at)
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    model, rows = run(tmp_path / "checkpoint")
+    assert rows == history
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_complete_training_is_not_repeated(tmp_path: Path) -> None:
+    model, history = run(tmp_path / "checkpoint")
+    again, rows = run(tmp_path / "checkpoint", stop_at=1)
+    assert rows == history
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"would not end with the same bits \(lr: 0.05 there, 0.1 here\)"):
+        run(tmp_path / "checkpoint", config=TrainConfig(epochs=2, batch=30, lr=0.1))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match=r"threads: 1 there, 2 here"):
+            run(tmp_path / "checkpoint")
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    run(tmp_path / "checkpoint")
+    content = (tmp_path / "checkpoint").read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"nothing of ours"):
+        (tmp_path / "checkpoint").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is not a checkpoint, or is incomplete.*delete it to start anew"):
+            run(tmp_path / "checkpoint")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writing fails, the older checkpoint stays, and the training goes on from it."""
+    import residuum.checkpoints
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "checkpoint", stop_at=2)
+    kept = (tmp_path / "checkpoint").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(residuum.checkpoints, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").read_bytes() == kept
+    assert run(tmp_path / "checkpoint")[1] == run(None)[1]
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """The loss turns to nan in the second epoch; the file still holds finite weights of the first."""
+    calls = 0
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        value = torch.nn.functional.cross_entropy(model(x), y)
+        return value * torch.nan if calls == 6 + len(evaluations) else value
+
+    evaluations = [0]  # one evaluation batch after the first epoch
+    config = TrainConfig(epochs=2, batch=30, lr=0.05)
+    with pytest.raises(FloatingPointError, match=r"epoch 2, step 2 of 4: training has diverged"):
+        train(Small(norm=True), data(), config, loss=loss, checkpoint=tmp_path / "checkpoint")
+    with safe_open(tmp_path / "checkpoint", "pt") as file:
+        assert json.loads(file.metadata()["content"])["progress"]["epoch"] == 1
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_two_processes_without_batch_norm_equal_one(tmp_path: Path) -> None:
+    common = ("none", 0, "dropout=0", "dtype=float64")
+    program(tmp_path / "one", "-", *common)
+    program(tmp_path / "two", "-", *common, processes=2)
+    (one, history), (two, rows) = result(tmp_path / "one"), result(tmp_path / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-12), name
+    for row, other in zip(history, rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_with_batch_norm_equal_one_that_normalises_the_parts(tmp_path: Path) -> None:
+    program(tmp_path / "two", "-", "NORM", 0, "dropout=0", "dtype=float64", "augment=none", processes=2)
+    two, history = result(tmp_path / "two")
+    model = Small(norm=True, dropout=0).double()
+    rows = by_parts(model, data())
+    for name, value in model.state_dict().items():
+        assert torch.allclose(two[name].double(), value.double(), rtol=1e-8, atol=1e-11), name
+    assert [row["train_loss"] for row in history] == pytest.approx(rows, rel=1e-9)
+
+
+def by_parts(model: nn.Module, splits: Splits) -> list[float]:
+    """The slow obvious twin: each batch in two parts, each normalised by itself; statistics are those of part 0."""
+    from residuum.data import TrainingImages
+    from residuum.training import _seed, make_optimiser
+
+    config = TrainConfig(epochs=3, batch=16, lr=0.05)
+    optimiser = make_optimiser(model, config)
+    images = TrainingImages(splits.train, dtype=torch.float64)
+    losses = []
+    for epoch in range(config.epochs):
+        model.train()
+        total = 0.0
+        order = torch.Generator().manual_seed(_seed(config.seed, epoch, 0))
+        for step, (x, y) in enumerate(images.batches(batch=16, generator=order)):
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * config.rate((epoch + step / 7) / 3)
+            optimiser.zero_grad()
+            statistics = None
+            for part, labels in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
+                value = torch.nn.functional.cross_entropy(model(part), labels, reduction="sum") / len(x)
+                value.backward()
+                total += value.item() * len(x)
+                statistics = statistics or {name: buffer.clone() for name, buffer in model.named_buffers()}
+            model.load_state_dict({**model.state_dict(), **statistics})
+            optimiser.step()
+        losses.append(total / len(images))
+    return losses
+
+
+@pytest.mark.slow
+def test_two_processes_can_be_killed_too(tmp_path: Path) -> None:
+    program(tmp_path / "whole", "-", "NORM", 0, processes=2)
+    done = program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 10, processes=2, check=False)
+    assert done.returncode != 0
+    assert (tmp_path / "checkpoint").exists()
+    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, processes=2)
+    same(tmp_path / "whole", tmp_path / "parts")
