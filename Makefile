@@ -32,7 +32,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 bench: .venv/dev
-	$(ONE) $(BIN)/python -m benchmarks.streams
+	$(ONE) $(BIN)/python -W ignore -m benchmarks.streams
+	$(ONE) $(BIN)/python -m benchmarks.training
 
 clean:
 	rm -rf .venv dist residuum-demo

@@ -5,13 +5,12 @@ checked to compute the same. The limits are those that the project set itself be
 """
 
 import argparse
-import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import Side, Work, ratio
+from benchmarks.timing import Side, Work, heading, ratio, row
 from residuum.cutting import cut
 from residuum.models import Residual, ResNet, ResNetConfig
 from residuum.probes.passive import passive, perturbation
@@ -29,9 +28,9 @@ def labels(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.long)
 
 
-def hauser() -> ResNet:
+def hauser(blocks: int = BLOCKS) -> ResNet:
     """P2's network for MNIST."""
-    return ResNet(ResNetConfig(blocks=(BLOCKS,) * 3, channels=1)).eval()
+    return ResNet(ResNetConfig(blocks=(blocks,) * 3, channels=1)).eval()
 
 
 class PlainBlock(nn.Module):
@@ -48,9 +47,9 @@ class PlainBlock(nn.Module):
 class Plain(nn.Module):
     """The same network as people write it: default memory layout, blocks called as modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
-        self.model = hauser()
+        self.model = hauser(blocks)
         self.sections = nn.ModuleList(nn.ModuleList(map(PlainBlock, blocks)) for blocks in self.model.sections)
         for p in self.model.parameters():  # `to(memory_format=...)` leaves the strides of the one-channel stem
             p.data = p.data.clone(memory_format=torch.contiguous_format)
@@ -158,14 +157,9 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     with torch.no_grad():
         check()
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 1 thread, {pairs} pairs"
-    )
-    print("| ours / theirs | ratio | limit | theirs, s |\n| --- | --- | --- | --- |")
+    print(heading(pairs))
     for name, ours, theirs, limit in COMPARISONS:
-        found, base = ratio(ours, theirs, pairs=pairs)
-        verdict = "" if limit is None or found <= limit else " **over**"
-        print(f"| {name} | {found:.2f}{verdict} | {limit or ''} | {base:.2f} |", flush=True)
+        print(row(name, *ratio(ours, theirs, pairs=pairs), limit), flush=True)
 
 
 if __name__ == "__main__":

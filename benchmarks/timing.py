@@ -6,6 +6,7 @@ Each side runs in a process of its own, so that neither lives with the other's a
 
 import gc
 import multiprocessing
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -69,3 +70,15 @@ def ratio(ours: Side, theirs: Side, *, pairs: int = 9) -> tuple[float, float]:
         worker.join()
     mine, base = times[0][2:], times[1][2:]
     return statistics.median(a / b for a, b in zip(mine, base, strict=True)), statistics.median(base)
+
+
+def heading(pairs: int) -> str:
+    """The first lines of a table."""
+    where = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{where}, 1 thread, {pairs} pairs\n| ours / theirs | ratio | limit | theirs, s |\n| --- | --- | --- | --- |"
+
+
+def row(name: str, found: float, base: float, limit: float | None) -> str:
+    """One line of a table, marked where the limit is passed."""
+    verdict = "" if limit is None or found <= limit else " **over**"
+    return f"| {name} | {found:.2f}{verdict} | {limit or ''} | {base:.2f} |"

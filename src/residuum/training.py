@@ -179,7 +179,7 @@ def train(
         ValueError: If the checkpoint belongs to other settings, data, machine or numbers of threads or processes.
     """
     with processes() as group, torch.random.fork_rng(devices=_cuda_devices(model)), asked_to_stop() as asked:
-        job = _Job(model, data, config, loss, group, after_backward, progress)
+        job = Job(model, data, config, loss, group, after_backward, progress)
         about = (
             config.describe() | {"data": data.train.sha256, "images": len(data.train)} | here(group.size, job.device)
         )
@@ -207,8 +207,18 @@ def train(
         return list(at.history)
 
 
-class _Job:
-    """What the steps of one training share."""
+class Job:
+    """One training: what its steps share.
+
+    Args:
+        model: The network, brought into channels-last memory.
+        data: Training and test split.
+        config: The settings.
+        loss: Mean loss of a batch.
+        group: The processes that train it.
+        after_backward: As in `train`.
+        progress: As in `train`.
+    """
 
     def __init__(
         self,
