@@ -169,7 +169,7 @@ def test_images_that_a_network_does_not_read(refused: Refused, trained: Path, tm
     file = tmp_path / "plain.py"
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n")
     message = refused("probe", f"{file}:net", "--data", "digits", "--out", out)
-    assert "does not run on images of shape [1, 8, 8]" in message
+    assert "does not run on examples of shape [1, 8, 8]" in message
 
 
 def test_cuda_where_there_is_none(
@@ -230,7 +230,11 @@ def test_force_keeps_the_old_folder_until_the_new_one_is_complete(
     with monkeypatch.context() as patch:
         patch.setattr(commands, "write_provenance", fail)
         assert "No space left on device" in refused(*command, "--force")
-    assert contents(tmp_path) == before
+    checkpoint = tmp_path / "run.checkpoint"  # the training is not lost either
+    assert {**contents(tmp_path), checkpoint.name: None} == {**before, checkpoint.name: None}
+    assert "belongs to a training that would not end with the same bits" in refused(*command, "--force", "--seed", "1")
+    assert main([str(word) for word in (*command, "--force")]) == 0
+    assert not checkpoint.exists()
     assert main([str(word) for word in (*command, "--force", "--seed", "1")]) == 0
     assert contents(tmp_path).keys() == before.keys()
     assert contents(tmp_path) != before

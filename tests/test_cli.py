@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 
 from datafiles import hf_folder, write_npz
-from residuum import commands, files, profiles
+from residuum import commands, files, profiles, training
 from residuum.cli import main
 
 SMALL = ("--blocks", "2", "2", "--widths", "4", "8", "--epochs", "1", "--limit", "60")
@@ -42,7 +43,7 @@ def read(folder: Path, name: str) -> dict[str, object]:
 def test_help_imports_no_torch_and_lists_the_commands() -> None:
     code = "import sys, residuum.cli\ntry: residuum.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report"]
+    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "data"]
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "probe"])
@@ -222,3 +223,63 @@ def test_interrupting_returns_130_and_leaves_nothing(
     assert main(["train", "--out", str(tmp_path / "run"), *SMALL]) == 130
     assert "stopped" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_was_stopped_goes_on_with_the_same_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C after the first epoch; the same command ends with the weights of an undisturbed run."""
+    command = ["train", "--blocks", "1", "--widths", "4", "--epochs", "3", "--limit", "200", "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    steps = 0
+
+    class Interrupting(training.Job):
+        def _step(self, *arguments: object) -> float:
+            nonlocal steps
+            steps += 1
+            if steps == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super()._step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Job", Interrupting)
+        assert main([*command, str(tmp_path / "parts")]) == 130
+    assert "the same command goes on from" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == ["parts.checkpoint"]
+    assert main([*command, str(tmp_path / "parts")]) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert not (tmp_path / "parts.checkpoint").exists()
+    whole, parts = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_language_model_on_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
+    (tmp_path / "tiny.py").write_text(
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "def tiny():\n"
+        "    size = dict(vocab_size=256, n_positions=32, n_embd=16, n_layer=3, n_head=2)\n"
+        "    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=1))\n"
+    )
+    text, model = str(tmp_path / "text.txt"), f"{tmp_path / 'tiny.py'}:tiny"
+    assert main(["probe", model, "--data", text, "--window", "16", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "indices.json").read_text())
+    assert 4.5 < found["measured"]["final_loss"] < 6.5  # log(256) = 5.5 for a network that knows nothing
+    assert found["initial"] is not None
+    for wrong, said in (
+        (["probe", model, "--data", "digits"], "reads text, not images; give --data FILE.txt"),
+        (["probe", model, "--data", text, "--window", "4000"], "a window of 4000 needs 4001"),
+        (["probe", "torchvision:resnet18", "--weights", "random", "--data", text], "reads images, not text"),
+    ):
+        capsys.readouterr()
+        assert main([*wrong, "--out", str(tmp_path / "no")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_data_are_listed_and_fetched(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["data", "list", "--data-root", str(tmp_path)]) == 0
+    assert "cifar100" in capsys.readouterr().out
+    assert main(["data", "fetch", "digits"]) == 2
+    assert "come with scikit-learn" in capsys.readouterr().err
+    assert main(["data", "fetch", "mnits"]) == 2
+    assert "did you mean 'mnist'" in capsys.readouterr().err

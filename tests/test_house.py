@@ -150,3 +150,51 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=False)
     assert done.returncode == 0, done.stderr
     assert "probe" in done.stdout
+
+
+COMMON = {"device", "dtype", "batch", "limit", "seed"}
+OPTIONS = {
+    "demo": {"out", "epochs", "force"} | COMMON,
+    "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
+    | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "force"}
+    | COMMON,
+    "probe": {
+        "model",
+        "data",
+        "out",
+        "data_root",
+        "weights",
+        "split",
+        "probes",
+        "blocks",
+        "size",
+        "normalise",
+        "window",
+    }
+    | {"initial", "force"}
+    | COMMON,
+    "report": {"folders", "out", "force"},
+    "data list": {"data_root"},
+    "data fetch": {"name", "data_root"},
+}
+
+
+def test_the_command_line_is_frozen() -> None:
+    """A new option is a decision: it is written down here, in the README where users need it, and in the changelog."""
+    from dataclasses import fields
+
+    from residuum import flags
+
+    def options(command: type) -> set[str]:
+        names = {field.name for field in fields(command)}
+        return names - {"common"} | ({f.name for f in fields(flags.Common)} if "common" in names else set())
+
+    commands = {
+        "demo": flags.Demo,
+        "train": flags.Train,
+        "probe": flags.Probe,
+        "report": flags.Report,
+        "data list": flags.DataList,
+        "data fetch": flags.DataFetch,
+    }
+    assert {name: options(command) for name, command in commands.items()} == OPTIONS

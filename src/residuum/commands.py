@@ -248,7 +248,7 @@ def _loaded(flags: options.Probe, classes: int | None) -> LoadedModel:
 def _write(
     folder: Path,
     loaded: LoadedModel,
-    data: Splits,
+    data: Splits | TextSplits,
     findings: Findings,
     *,
     title: str,

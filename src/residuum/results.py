@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from residuum import __version__
-from residuum.data import ImageSet, Splits
+from residuum.data import ImageSet, Splits, TextSet
 from residuum.files import write_atomically, write_json
 from residuum.indices import depth_advice, indices
 from residuum.loading import LoadedModel, save_run
@@ -54,7 +54,7 @@ def write_profile(folder: Path, name: str, profile: Profile) -> None:
 def write_provenance(
     folder: Path,
     loaded: LoadedModel,
-    data: ImageSet,
+    data: ImageSet | TextSet,
     findings: Findings | None,
     *,
     title: str,
