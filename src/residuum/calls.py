@@ -61,3 +61,8 @@ def detached(value: Any) -> Any:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which to add up: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The graphics cards that a model uses."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -10,13 +10,14 @@ A value that reaches a block or the readout by another way than the state differ
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from residuum.calls import output_of, state_of, wide
+from residuum.calls import cuda_devices, output_of, state_of
 from residuum.finding import Seen, find
 from residuum.recording import Reached, Recording, Replay, Twin, record
 from residuum.streams import Block, Section, Stream
@@ -29,9 +30,9 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, to
 def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream:
     """A model on one batch as a stream: sections of residual blocks, their entries, the readout.
 
-    Networks that define `cut(x)` themselves (ours do) are asked. In any other model calls are recorded, and the blocks
-    are found: candidates are classes outside `torch.nn` with parameters and at least two calls that keep the shape of
-    their state; of those that hold at least half of the most parameters the outermost wins. Sections are maximal runs
+    Networks that define `cut(x)` themselves (ours do) are asked, and checked. In any other model calls are recorded and
+    the blocks are found: candidates are classes outside `torch.nn` with parameters and at least two calls that keep the
+    shape of their state; of those that hold at least half of the most parameters the outermost wins. Sections are runs
     of shape-keeping calls in which each block gets what the previous one gave; shape-changing blocks become part of
     the entry of the next section. The cut is then proved on a changed first state.
 
@@ -75,21 +76,38 @@ def cut_all(model: nn.Module, inputs: Iterable[Any], blocks: Sequence[str] | Non
                 f"cut() needs model.eval(): {name or type(model).__name__} is in training mode, so dropout and "
                 "batch norm would mix examples and statistics would be updated while probing"
             )
-    own = getattr(type(model), "cut", None)
-    if own is not None:
-        yield from (own(model, x) for x in inputs)
-        return
     twin = None
     for x in inputs:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=_cuda_devices(model)):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda_devices(model)):
             x = tree_map(_normal, dict(x) if isinstance(x, Mapping) else x)
-            if twin is None:
+            _check_input(x)
+            stream = _own(model, x, blocks, prove=twin is None)
+            if stream is not None:
+                twin = model
+            elif twin is None:
                 copied, observed, output = find(model, x, blocks)
                 twin = Twin(copied, {id(call.module): call.name for call in observed})
                 stream = _proved(twin, x, observed, output_of(output))
             else:
                 stream = _stream(twin, record(twin, x, changed=False), x)
         yield stream
+
+
+def _own(model: nn.Module, x: Any, blocks: Sequence[str] | None, *, prove: bool) -> Stream | None:
+    """The stream that the model's class makes itself; None if it makes none."""
+    make = getattr(type(model), "cut", None)
+    if make is None or not isinstance(x, Tensor) or len(signature(make).parameters) != 2:
+        return None
+    stream = make(model, x)
+    if not isinstance(stream, Stream):
+        return None
+    if blocks is not None:
+        raise ValueError(f"cut: {type(model).__name__} says itself what its blocks are; leave blocks out")
+    if prove:
+        with torch.no_grad():
+            if not _close(stream.run(keep=False).output, output_of(model(x))):
+                raise ValueError(f"cut: the stream that {type(model).__name__}.cut makes is not what its forward does")
+    return stream
 
 
 def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
@@ -114,7 +132,7 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
         blocks = tuple(Block(calls[p].name, calls[p]) for p in run)
         entry = _entry(twin, recording, x, after, run[0])
         sections.append(Section(names[s], entry, blocks, passed))
-    return Stream(x, tuple(sections), _readout(twin, recording, x, runs[-1][-1]), _mask(x))
+    return Stream(x, tuple(sections), _readout(twin, recording, x, runs[-1][-1]), _mask(twin.model, x))
 
 
 def _entry(twin: Twin, recording: Recording, x: Any, after: int, until: int) -> Callable[[Any], Tensor]:
@@ -140,9 +158,9 @@ def _proved(twin: Twin, x: Any, observed: list[Seen], output: Tensor) -> Stream:
     while True:
         recording = record(twin, x, changed=True)
         stream = _stream(twin, recording, x)
-        versions = {key: _versions(kept) for key, (_, kept) in recording.finished.items()}
+        versions = {key: _versions(kept.output) for key, kept in recording.finished.items()}
         problem = _difference(stream, observed, output)
-        changed = {key for key, (_, kept) in recording.finished.items() if _versions(kept) != versions[key]}
+        changed = {key for key, kept in recording.finished.items() if _versions(kept.output) != versions[key]}
         if not changed:
             break
         twin.unkept |= changed  # code between the modules changes these outputs in place: run them again in replays
@@ -152,35 +170,45 @@ def _proved(twin: Twin, x: Any, observed: list[Seen], output: Tensor) -> Stream:
 
 
 def _difference(stream: Stream, observed: list[Seen], output: Tensor) -> str:
-    """The first state, or else the output, in which the stream differs from what the model had; "" if none."""
-    blocks = [block.name for section in stream.sections for block in section.blocks]
-    keeping = [call for call in observed if call.keeps]
-    if [call.name for call in keeping] != blocks:
+    """The first part of the stream, from the end, that gives something else than it gave in the model; "" if none.
+
+    Backwards, so that whatever a block leaves behind for later ones (on itself, in a list) is still that of the changed
+    state when the later ones run.
+    """
+    calls = [call for call in observed if call.keeps]
+    if [call.name for call in calls] != [block.name for section in stream.sections for block in section.blocks]:
         return "the sequence of blocks"
     with torch.no_grad():
-        step = None
-        for call, step in zip(keeping, stream.walk(), strict=True):
-            norm = torch.linalg.vector_norm(step.after, dtype=wide(step.after.dtype))
-            if not _close(norm, call.norm, step.after.dtype):
-                return f'the state after block "{call.name}"'
-        return "" if _close(stream.readout(step.after), output, output.dtype) else "the output"
+        if not _close(stream.readout(calls[-1].after), output):
+            return "the output"
+        for section in reversed(stream.sections):
+            for block in reversed(section.blocks):
+                call = calls.pop()
+                if not _close(block(call.before), call.after):
+                    return f'the state after block "{block.name}"'
+            if not _close(section.entry(calls[-1].after if calls else stream.input), call.before):
+                return f'the first state of section "{section.name}"'
+    return ""
 
 
-def _close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+def _close(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
-    scale = theirs.abs().nan_to_num(0, 0, 0).max()
-    tolerance = _TOLERANCE.get(dtype, 1e-5)
-    return torch.allclose(ours, theirs, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True)
+    tolerance = _TOLERANCE.get(theirs.dtype, 1e-5)
+    scale = float(theirs.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _refuse(stream: Stream, where: str) -> None:
     hint = ""
     if len(stream.sections) > 1 and all(n == 1 for n in stream.lengths):
-        hint = " No block gets what the previous one gave: do the modules return only their branch?"
+        hint = (
+            " No block gets just what the previous one gave: do the modules return only their branch, or are there two "
+            "towers?"
+        )
     raise ValueError(
-        f"cut: the stream is not the model: on a changed first state {where} differs. Something besides the state goes "
-        f"from earlier blocks to later ones, or the model is random in eval mode.{hint} Blocks tried: "
+        f"cut: the stream is not the model: after a changed first state {where} differs. Something besides the state "
+        f"goes from earlier blocks to later ones, or the model is random in eval mode.{hint} Blocks tried: "
         f'"{stream.sections[0].blocks[0].name}" .. "{stream.sections[-1].blocks[-1].name}"; name others with blocks=...'
     )
 
@@ -197,9 +225,18 @@ def _section_names(sections: list[list[str]]) -> list[str]:
     ]
 
 
-def _mask(x: Any) -> Tensor | None:
+def _mask(model: nn.Module, x: Any) -> Tensor | None:
+    """The attention mask among the inputs, given by name or by position."""
+    if isinstance(x, tuple | list):
+        x = dict(zip(signature(model.forward).parameters, x, strict=False))
     mask = x.get("attention_mask") if isinstance(x, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _check_input(x: Any) -> None:
+    empty = next((v for v in tree_flatten(x)[0] if isinstance(v, Tensor) and not v.numel()), None)
+    if empty is not None:
+        raise ValueError(f"cut: the batch has no examples; its input has shape {tuple(empty.shape)}")
 
 
 def _check_batch(state: torch.Size, x: Any) -> None:
@@ -219,7 +256,3 @@ def _versions(values: Any) -> list[int]:
 def _normal(value: Any) -> Any:
     """A tensor made under inference mode as one whose changes and gradients can be followed."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

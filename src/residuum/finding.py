@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residuum.calls import call_model, state_of, state_slot, wide
+from residuum.calls import call_model, state_of, state_slot
 
 
 @dataclass(eq=False)
@@ -21,15 +21,16 @@ class Seen:
     name: str
     module: nn.Module
     around: tuple["Seen", ...]  # the observed calls that it is part of, outermost first
-    before: torch.Size | None = None
-    after: torch.Size | None = None
-    norm: Tensor | None = None
+    before: Tensor | None = None  # the state that it got
+    after: Tensor | None = None  # the state that it gave
     changed: str = ""  # which state was changed in place
 
     @property
     def keeps(self) -> bool:
-        """Whether the state has the same shape after the call."""
-        return self.before is not None and self.before == self.after
+        """Whether the state has the same shape and number format after the call."""
+        if self.before is None or self.after is None:
+            return False
+        return (self.before.shape, self.before.dtype) == (self.after.shape, self.after.dtype)
 
 
 def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Module, list[Seen], Any]:
@@ -45,6 +46,9 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
     Raises:
         ValueError: If no block is found or named, or if one changes a state in place.
     """
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise ValueError(f"cut: {scripted or 'the model'} is scripted or traced; give the model as it was before that")
     copied = _twin_of(model)
     if blocks is None:
         watched = {n: m for n, m in copied.named_modules() if not _in_torch(m) and any(True for _ in m.parameters())}
@@ -79,8 +83,13 @@ def _twin_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def _kind(module: nn.Module) -> type:
+    """The module's class, as it was before torch parametrizations changed it."""
+    return next(kind for kind in type(module).__mro__ if kind.__module__ != "torch.nn.utils.parametrize")
+
+
 def _in_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+    return _kind(module).__module__.startswith("torch.nn.")
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
@@ -105,26 +114,25 @@ def _observe(model: nn.Module, x: Any, watched: Mapping[str, nn.Module]) -> tupl
     given: dict[type, tuple[Seen, Tensor, int]] = {}  # the last state that a class gave, and its version
 
     def check(kind: type) -> None:
-        if kind in given and given[kind][1]._version != given[kind][2]:
+        if kind in given and _version(given[kind][1]) != given[kind][2]:
             given[kind][0].changed = "the output"
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check(type(module))
         slot = state_slot(args, kwargs)
         h = None if slot is None else args[slot] if isinstance(slot, int) else kwargs[slot]
-        call = Seen(name, module, tuple(c for c, *_ in running), None if h is None else h.shape)
+        call = Seen(name, module, tuple(c for c, *_ in running), h)
         seen.append(call)
-        running.append((call, h, 0 if h is None else h._version))
+        running.append((call, h, 0 if h is None else _version(h)))
 
     def after(module: nn.Module, output: Any) -> None:
         call, h, version = running.pop()
         state = state_of(output)
-        if h is not None and h._version != version:
+        if h is not None and _version(h) != version:
             call.changed = "the input"
         if state is not None and state.is_floating_point():
-            call.after = state.shape
-            call.norm = torch.linalg.vector_norm(state.detach(), dtype=wide(state.dtype))
-            given[type(module)] = (call, state, state._version)
+            call.after = state
+            given[type(module)] = (call, state, _version(state))
 
     handles = [module.register_forward_hook(lambda m, a, o: after(m, o)) for module in watched.values()]
     handles += [
@@ -140,11 +148,18 @@ def _observe(model: nn.Module, x: Any, watched: Mapping[str, nn.Module]) -> tupl
     return seen, output
 
 
+def _version(state: Tensor) -> int:
+    """A number that changes when the tensor is changed in place."""
+    if state.is_inference():
+        raise ValueError("cut: the model runs under torch.inference_mode, which hides changes in place; remove that")
+    return state._version
+
+
 def _choose(model: nn.Module, x: Any, seen: list[Seen]) -> list[Seen]:
     """The calls of the class that wins: at least half of the most parameters, then outermost, then most parameters."""
     by_class: dict[type, list[Seen]] = {}
     for call in seen:
-        by_class.setdefault(type(call.module), []).append(call)
+        by_class.setdefault(_kind(call.module), []).append(call)
     eligible = {kind: calls for kind, calls in by_class.items() if sum(call.keeps for call in calls) >= 2}
     if not eligible:
         named = {n: m for n, m in model.named_modules() if n and any(True for _ in m.children())}

@@ -75,6 +75,11 @@ class Residual(nn.Module):
         # In place on the output of a norm, which nobody else sees and whose backward does not need it.
         return self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(h), inplace=True))), inplace=True))
 
+    def as_step(self, name: str) -> Block:
+        """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return Block(name, self, None if hooked else self.branch)
+
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """The next state."""
         return self.skip(h) + self.branch(h)
@@ -136,7 +141,7 @@ class ResNet(nn.Module):
         for s, (entry, blocks) in enumerate(zip(entries, self.sections, strict=True)):
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}",) if s and self.config.transition == "projection" else ()
-            steps = tuple(Block(name, block, block.branch) for name, block in zip(names, blocks, strict=True))
+            steps = tuple(block.as_step(name) for name, block in zip(names, blocks, strict=True))
             sections.append(Section(f"section {s + 1}", entry, steps, passed))
         return Stream(x, tuple(sections), self.readout)
 

@@ -1,19 +1,22 @@
 """Recording one forward of a model at its blocks, and replaying the rest of it from a changed state."""
 
-import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from inspect import signature
 from threading import RLock
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from residuum.calls import call_model, detached, state_of, state_slot, with_argument, with_state
+from residuum.calls import call_model, detached, output_of, state_of, state_slot, with_argument, with_state
+
+Core = Callable[..., Any]  # a gated module's own call, user hooks included
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Call:
     """One call of a block: the module, its other arguments, the form of its output."""
 
     name: str
-    core: nn.Module
+    core: Core
     args: tuple[Any, ...]  # the state's place holds None
     kwargs: dict[str, Any]
     slot: int | str
@@ -45,8 +48,8 @@ class Reached(Exception):  # noqa: N818 - not an error
 class Twin:
     """A private copy of the model whose blocks, and the modules outside them, ask the current pass what to do.
 
-    Each such module stays in its place as a gate; `core` is a shallow copy of it that does the work, user hooks
-    included. Without a current pass a gate simply runs its core.
+    Each such module becomes a gate: an object of a subclass of its own class, which asks when it is called. It stays
+    the same object, so whatever it keeps on itself is where the model looks for it.
     """
 
     def __init__(self, model: nn.Module, block_names: Mapping[int, str]) -> None:
@@ -58,17 +61,15 @@ class Twin:
             self._gate(module, name, is_block)
 
     def _gate(self, module: nn.Module, name: str, is_block: bool) -> None:
-        core = copy.copy(module)
-        # The gate itself has no hooks: those of the user fire when the core runs.
-        vars(module).update({k: v for k, v in vars(nn.Module()).items() if "hooks" in k and isinstance(v, dict)})
+        plain = type(module)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def call(gate: nn.Module, *args: Any, **kwargs: Any) -> Any:
             now = self.current
             if now is None:
-                return core(*args, **kwargs)
-            return (now.block if is_block else now.outside)(core, name, args, kwargs)
+                return plain.__call__(gate, *args, **kwargs)
+            return (now.block if is_block else now.outside)(partial(plain.__call__, gate), name, args, kwargs)
 
-        module.forward = forward
+        module.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
 
     def run(self, now: "Recording | Replay", x: Any) -> Any:
         """One forward under a pass."""
@@ -79,8 +80,8 @@ class Twin:
             finally:
                 self.current = None
 
-    def alone(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a core without a pass, so that gates inside it are open."""
+    def alone(self, core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module without a pass, so that gates inside it are open."""
         now, self.current = self.current, None
         try:
             return core(*args, **kwargs)
@@ -111,33 +112,48 @@ def _gates(model: nn.Module, block_names: Mapping[int, str]) -> list[tuple[nn.Mo
 
 @dataclass
 class Recording:
-    """One forward of the twin with everything a stream needs kept: block calls, outputs of modules outside."""
+    """One forward of the twin with everything a stream needs kept: block calls, outputs of modules outside.
+
+    Blocks run without gradient, and what they give is marked: fresh tensors that carry gradient. Whatever the model
+    computes between its blocks shows in its gradient graph which marks, and which parameters, it comes from.
+    """
 
     twin: Twin
-    changed: bool  # change the first state, and let all that depends on states or parameters carry gradient
+    changed: bool  # run the first block on a changed state
     calls: list[Call] = field(default_factory=list)
-    finished: dict[tuple[str, int], tuple[int, Any]] = field(default_factory=dict)
+    finished: dict[tuple[str, int], "Kept"] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    previous: tuple[Tensor | None, Tensor | None] = (None, None)  # state before and after the last call
-    marks: set[int] = field(default_factory=set)
-    kept: list[Tensor] = field(default_factory=list)  # keeps the ids in marks alive
+    last: Tensor | None = None  # the state that the last call gave, marked
+    before: Tensor | None = None  # the state that it got
+    marks: dict[int, tuple[ReferenceType[Tensor], int]] = field(
+        default_factory=dict
+    )  # by id: tensor, call that gave it
+    first: Any = None  # the first state in the gradient graph: its node, or itself
 
-    def outside(self, core: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def outside(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module outside the blocks runs; its output is kept, with the number of block calls begun by then."""
         key = (name, self.counts[name])
         self.counts[name] += 1
         output = self.twin.alone(core, args, kwargs)
         if key not in self.twin.unkept:
-            self.finished[key] = (len(self.calls), tree_map(detached, output))
+            self.finished[key] = Kept(len(self.calls), tree_map(detached, output), parameter_versions(core))
         return output
 
-    def block(self, core: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def block(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block runs, on a changed state if it is the first; its arguments are kept, or refused."""
         slot = state_slot(args, kwargs)
         if slot is None:
             raise ValueError(f'cut: block "{name}" gets no floating-point tensor as its state')
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f'cut: the model switches gradients off around block "{name}" (torch.no_grad, reentrant checkpoints), '
+                "so parameter gradients of a run would be wrong; switch that off"
+            )
         h = args[slot] if isinstance(slot, int) else kwargs[slot]
         linked = self._linked(h)
+        self._check_source(h, f'block "{name}" gets')
+        if not self.calls:
+            self.first = h.grad_fn or (h if h.requires_grad else None)
         with torch.no_grad():
             given = h + _change(h) if self.changed and not self.calls else h
             output = self.twin.alone(core, *with_argument(args, kwargs, slot, given))
@@ -149,18 +165,22 @@ class Recording:
         # Within a section the state is passed on, so only its shape is needed: one element stands for it.
         form = with_state(plain, state.detach().new_zeros(()).expand(state.shape)) if keeps else plain
         self.calls.append(Call(name, core, args, kwargs, slot, form, keeps, linked))
-        output = tree_map(self._marked, plain) if self.changed else output
-        self.previous = (h.detach(), state_of(output))
+        output = tree_map(self._marked, plain)
+        self.before, self.last = h.detach(), state_of(output)
         return output
 
     def _linked(self, h: Tensor) -> bool:
-        """Whether h is what the previous call gave; refuses blocks that return only their branch."""
-        before, after = self.previous
-        if before is None or after is None:
+        """Whether h is the very tensor that the previous call gave, or another view of all of it."""
+        if self.last is None:
             return False
-        if h is after or (h.shape == after.shape and torch.equal(h, after)):
+        if h is self.last or (h.data_ptr(), h.shape, h.stride()) == (
+            self.last.data_ptr(),
+            self.last.shape,
+            self.last.stride(),
+        ):
             return True
-        if before.shape == h.shape == after.shape and torch.allclose(h, before + after, rtol=1e-3, atol=1e-5):
+        before = self.before
+        if before.shape == h.shape == self.last.shape and torch.allclose(h, before + self.last, rtol=1e-3, atol=1e-5):
             raise ValueError(
                 f'cut: block "{self.calls[-1].name}" returns only its branch: the next block gets h + block(h). '
                 "Name modules that return the new state (blocks=...), or wrap the sum into the block"
@@ -172,18 +192,39 @@ class Recording:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
         value = value.detach().requires_grad_()
-        self.marks.add(id(value))
-        self.kept.append(value)
+        self.marks[id(value)] = (ref(value), len(self.calls) - 1)
         return value
 
-    def _check_arguments(self, core: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positional = list(signature(core.forward).parameters)
+    def _origins(self, sources: list[Any]) -> set[int]:
+        """Numbers of the calls whose marked outputs are among the sources."""
+        marked = (self.marks.get(id(source), (lambda: None, -1)) for source in sources)
+        return {number for source, (tensor, number) in zip(sources, marked, strict=True) if tensor() is source} - {-1}
+
+    def check_output(self, output: Tensor) -> None:
+        """Refuse an output that comes from more than what the last block gave."""
+        self._check_source(output, "the output comes")
+
+    def _check_source(self, value: Tensor, what: str) -> None:
+        """Refuse a value between blocks that comes from an earlier block than the last, or from the first state."""
+        if not self.calls or not value.requires_grad:
+            return
+        sources = _sources(value)
+        early = self._origins(sources) - {len(self.calls) - 1}
+        if early or any(source is self.first for source in sources):
+            where = f'from what block "{self.calls[min(early)].name}" gave' if early else "from the first state"
+            raise ValueError(
+                f"cut: {what} also {where}, not only from the block before: the model is not a path of one state "
+                "(a long skip, or modules that return only their branch); name blocks that hold the skip inside"
+            )
+
+    def _check_arguments(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positional = list(signature(core.args[0].forward).parameters)
         labels = (positional[i] if i < len(positional) else i for i in range(len(args)))
         for argument, value in (*zip(labels, args, strict=True), *kwargs.items()):
             label = f'argument {argument!r} of block "{name}"'
             for leaf in tree_flatten(value)[0]:
                 if isinstance(leaf, Tensor):
-                    if leaf.requires_grad and self.changed:
+                    if leaf.requires_grad:
                         raise ValueError(f"cut: {label} {self._dependence(leaf)}")
                 elif not _is_plain(leaf):
                     raise ValueError(
@@ -192,16 +233,8 @@ class Recording:
                     )
 
     def _dependence(self, value: Tensor) -> str:
-        """Why a tensor that carries gradient is refused."""
-        pending, met = [value.grad_fn], set()
-        leaves = {id(value)}
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in met:
-                met.add(node)
-                leaves.add(id(getattr(node, "variable", None)))
-                pending.extend(following for following, _ in node.next_functions)
-        if leaves & self.marks:
+        """Why a tensor that carries gradient is refused as an argument."""
+        if self._origins(_sources(value)):
             return (
                 "depends on the state of an earlier block, so the blocks are not a path of one state; "
                 "name other blocks (blocks=...) that hold that dependence inside"
@@ -210,6 +243,31 @@ class Recording:
             "carries gradient of parameters that are used outside the blocks, which a run of the stream would lose; "
             "to measure without parameter gradients, call model.requires_grad_(False) first"
         )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a module outside the blocks gave: when, what, and the versions of its parameters then."""
+
+    position: int
+    output: Any
+    versions: tuple[int, ...]
+
+
+def parameter_versions(core: Core) -> tuple[int, ...]:
+    """Numbers that change when a parameter of a gated module is changed in place."""
+    return tuple(p._version for p in core.args[0].parameters())
+
+
+def _sources(value: Tensor) -> list[Any]:
+    """The leaves and the nodes of the gradient graph that a value comes from."""
+    pending, nodes = [value.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return [value, *nodes, *(node.variable for node in nodes if hasattr(node, "variable"))]
 
 
 @dataclass
@@ -224,18 +282,25 @@ class Replay:
     position: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
-    def outside(self, core: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def outside(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module outside the blocks: what it gave if it had finished before the restart, else its own run."""
         key = (name, self.counts[name])
         self.counts[name] += 1
-        position, output = self.recording.finished.get(key, (self.after + 1, None))
-        # A recorded output is a constant: where parameters need its gradient, the module runs again.
-        constant = not torch.is_grad_enabled() or not any(p.requires_grad for p in core.parameters())
-        if position <= self.after and constant:
-            return output
+        kept = self.recording.finished.get(key)
+        if kept is not None and kept.position <= self.after and self._constant(core, kept, (args, kwargs)):
+            return kept.output
         return self.twin.alone(core, args, kwargs)
 
-    def block(self, core: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _constant(self, core: Core, kept: Kept, given: Any) -> bool:
+        """Whether a recorded output still stands: it has no gradient to give, and its parameters are as they were."""
+        if kept.versions != parameter_versions(core):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        tensors = [v for v in tree_flatten(given)[0] if isinstance(v, Tensor)]
+        return not any(t.requires_grad for t in (*tensors, *core.args[0].parameters()))
+
+    def block(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block call: stand in for it up to the restart, give the new state there, run it after that."""
         p, self.position = self.position, self.position + 1
         slot = state_slot(args, kwargs)
@@ -251,20 +316,20 @@ class Replay:
 
 
 def record(twin: Twin, x: Any, *, changed: bool) -> Recording:
-    """Record one forward."""
+    """Record one forward, from a changed first state or the true one."""
     recording = Recording(twin, changed)
-    with torch.set_grad_enabled(changed):
-        twin.run(recording, x)
-    recording.previous = (None, None)
-    recording.kept.clear()
+    with torch.enable_grad():
+        recording.check_output(output_of(twin.run(recording, x)))
+    recording.last = recording.before = recording.first = None
+    recording.marks.clear()
     return recording
 
 
 def _change(h: Tensor) -> Tensor:
-    """A change of half the state's size (of size one half where the state is zero), the same at every call."""
+    """A change of twice the state's size (of size two where the state is zero), the same at every call."""
     noise = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
     size = h.detach().square().mean().sqrt()
-    return 0.5 * torch.where(size > 0, size, 1) * noise
+    return 2 * torch.where(size > 0, size, 1) * noise
 
 
 def _is_plain(value: Any) -> bool:
