@@ -1,7 +1,9 @@
 """The command line: `residuum demo | train | probe | report | data`. What is heavy is imported when a command runs."""
 
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import tyro
@@ -21,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 after an error of the user's, which is said in one line; 130 if stopped by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         flags = tyro.cli(Command, prog="residuum", description=ABOUT, args=arguments)
         from residuum import commands
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         run[type(flags)](flags, shlex.join(["residuum", *arguments]))
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"residuum: {error}", file=sys.stderr)
+        print(f"residuum: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "memory" not in str(error):

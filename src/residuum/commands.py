@@ -267,16 +267,14 @@ def _say(out: Path, loaded: LoadedModel, findings: Findings) -> None:
     """Sections, what was measured, notes and the place of the report, on the screen."""
     measured = indices(findings.profile)
     initial = {} if findings.initial is None else indices(findings.initial)
-    table = Table(
-        "section", "blocks", "scaled distance", "at initialisation", "depth for steps of 0.1", title=loaded.name
-    )
+    measures = ("scaled distance", "at initialisation", "depth for steps of 0.1")
+    table = Table("section", "blocks", *(measures if "scaled_distance" in measured else ()), title=loaded.name)
     depths = {row["section"]: row for row in depth_advice(findings.profile)["sections"]}
     for s, (name, blocks) in enumerate(zip(findings.profile.sections, findings.profile.lengths, strict=True)):
         distances = [_number(found.get("scaled_distance"), s) for found in (measured, initial)]
-        low, high = (
-            sorted((depths[name]["fixed_distance"], depths[name]["square_root"])) if name in depths else ("", "")
-        )
-        table.add_row(name, str(blocks), *distances, f"{low} to {high}")
+        low, high = sorted(depths[name][law] for law in ("fixed_distance", "square_root")) if name in depths else (0, 0)
+        cells = (*distances, f"{low} to {high}") if "scaled_distance" in measured else ()
+        table.add_row(name, str(blocks), *cells)
     screen.print(table)
     if "final_accuracy" in measured:
         screen.print(f"accuracy {measured['final_accuracy']:.1%}")

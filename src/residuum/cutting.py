@@ -194,6 +194,8 @@ def _difference(stream: Stream, observed: list[Seen], output: Tensor) -> str:
 def _close(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
+    if torch.equal(ours, theirs):  # the rule on processors, and fast
+        return True
     tolerance = _TOLERANCE.get(theirs.dtype, 1e-5)
     scale = float(theirs.abs().nan_to_num(0, 0, 0).max())
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -3,12 +3,14 @@
 import copy
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from residuum.calls import call_model, cuda_devices
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -51,7 +53,7 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
             module.momentum = None
         with torch.no_grad():
             for x, _ in batches:
-                model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, tuple | list) else model(x)
+                call_model(model, x)
                 used += 1
     finally:
         for module, mode in modes.items():
@@ -79,8 +81,7 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
         NoNullModel: If some parameters belong to no module that can reset them. The message names them.
     """
     parameters = list(model.parameters())
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(model)):
         torch.manual_seed(seed)
         if hasattr(type(model), "fresh"):
             null = model.fresh(seed)
@@ -93,6 +94,11 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
     null.eval()
     calibrate_(null, batches)
     return null
+
+
+def null_is_reset(model: nn.Module) -> bool:
+    """Whether `null_model` re-initialises layer by layer, because the network does not say itself how it starts."""
+    return not hasattr(type(model), "fresh") and not _is_hugging_face(model)
 
 
 def _is_hugging_face(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from residuum.cutting import cut
 from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, batches, text_batches
 from residuum.loading import LoadedModel
 from residuum.names import unknown
-from residuum.nulls import NoNullModel, calibrate_, null_model
+from residuum.nulls import NoNullModel, calibrate_, null_is_reset, null_model
 from residuum.probes import misfit, pairs, passive, perturbation, readouts, state_norm, update_angle
 from residuum.profiles import Probe, Profile, profile
 from residuum.progress import Bar, quiet
@@ -104,7 +104,10 @@ def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Pre
     if len(mean) == 1:
         mean, std = mean * channels, std * channels
     if len(mean) != channels:
-        raise ValueError(f"{loaded.name} reads {channels} channels, but there are {len(mean)} to standardise")
+        raise ValueError(
+            f"{loaded.name} reads {channels} channels, the images have {len(mean)} "
+            "(the images of an npz file are [N, row, column, channel])"
+        )
     size = reads.size if config.size is None else (config.size, config.size)
     return Preparation(own.white, mean, std, size)
 
@@ -157,7 +160,13 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
             initial, reason = measure(null, "measuring at initialisation"), ""
         except NoNullModel as error:
             reason = str(error)
-    notes = tuple(filter(None, (about_input, about_labels)))
+    about_null = ""
+    if initial is not None and null_is_reset(model):
+        about_null = (
+            "at initialisation: weights drawn by torch's default for each layer (reset_parameters), which can differ "
+            "from what the network's authors start from"
+        )
+    notes = tuple(filter(None, (about_input, about_labels, about_null)))
     return Findings(found, initial, reason, _describe(model, stream), notes)
 
 
@@ -197,11 +206,14 @@ def _try(loaded: LoadedModel, given: Iterator[tuple[Tensor, Tensor]], config: Pr
         with torch.no_grad():
             stream = cut(loaded.model, x, config.blocks or None)
             return stream, stream.run(keep=False).output
-    except (RuntimeError, AssertionError, TypeError, IndexError) as error:  # whatever a network says to a wrong shape
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a network, perhaps of the user's file, says to a wrong shape
         shape = list((x["input_ids"] if isinstance(x, dict) else x).shape[1:])
         advice = "--window" if isinstance(x, dict) else "--size"
         raise ValueError(
-            f"{loaded.name} does not run on examples of shape {shape}: {error}; try another {advice}"
+            f"{loaded.name} does not run on examples of shape {shape}: {type(error).__name__}: {error}; "
+            f"try another {advice}"
         ) from error
 
 

@@ -227,7 +227,7 @@ def run_all(stream: Stream, schedules: Iterable[Schedule]) -> Iterator[tuple[Sch
     Raises:
         ValueError: If a schedule does not fit the stream.
     """
-    paths = {schedule: path_of(schedule) for schedule in schedules}
+    paths = {schedule: path_of(schedule) for schedule in (tuple(map(tuple, given)) for given in schedules)}
     for schedule in paths:
         stream._check(schedule)
     evaluations = 0

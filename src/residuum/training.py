@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.names import unknown
@@ -102,7 +103,7 @@ def correct(output: Float[Tensor, "example class"], y: Tensor) -> Bool[Tensor, "
     """
     if y.ndim == 1:
         return output.argmax(1) == y
-    ranks = output.argsort(1, descending=True).argsort(1)
+    ranks = output.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ((ranks < y.sum(1, keepdim=True)) == y.bool()).all(1)
 
 
@@ -122,13 +123,17 @@ def evaluate(
         "loss" and "accuracy".
     """
     training, total, right = model.training, 0.0, 0
+    outputs: list[Tensor] = []  # what the model gave to the loss, so that it runs once
+    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     model.eval()
     like = next(model.parameters())
     for x, y in batches(
         data, batch=EVALUATION_BATCH, preparation=preparation, device=str(like.device), dtype=like.dtype
     ):
         total += len(y) * loss(model, x, y).item()
-        right += int(correct(model(x), y).sum())
+        right += int(correct(outputs[-1] if outputs else model(x), y).sum())
+        outputs.clear()
+    handle.remove()
     model.train(training)
     return {"loss": total / len(data), "accuracy": right / len(data)}
 
@@ -178,7 +183,7 @@ def train(
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
         ValueError: If the checkpoint belongs to other settings, data, machine or numbers of threads or processes.
     """
-    with processes() as group, torch.random.fork_rng(devices=_cuda_devices(model)), asked_to_stop() as asked:
+    with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
         job = Job(model, data, config, loss, group, after_backward, progress)
         about = (
             config.describe() | {"data": data.train.sha256, "images": len(data.train)} | here(group.size, job.device)
@@ -306,6 +311,11 @@ class Job:
         self.model.eval()
         self.group.share_buffers(self.model)
         found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
+        if not math.isfinite(found["loss"]):
+            raise FloatingPointError(
+                f"the loss on the test images is {found['loss']} after epoch {at.epoch + 1}: training has diverged; "
+                f"try a smaller learning rate than {self.config.lr:g}"
+            )
         if self.progress:
             said = f"epoch {at.epoch + 1}/{self.config.epochs}, test accuracy {found['accuracy']:.1%}"
             self.progress((at.epoch + 1) * len(self.images), said)
@@ -336,8 +346,3 @@ def _seed(seed: int, number: int, stream: int) -> int:
     A hash, because torch's generator for processors uses the low 32 bits only.
     """
     return int.from_bytes(sha256(f"{seed} {number} {stream}".encode()).digest()[:7])
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    """The graphics cards that the model uses."""
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -128,7 +129,9 @@ def _huggingface(name: str, pretrained: bool, classes: int | None) -> Found:
             config.num_labels = classes
         model = make.from_config(config, trust_remote_code=False)
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels)) if pretrained and images else None
-    reads = _huggingface_reads(name, config) if images else Reads()
+    # A bare type has no image processor, and asking the hub for one takes its time.
+    asked = name if pretrained or name not in CONFIG_MAPPING_NAMES else ""
+    reads = _huggingface_reads(asked, config) if images else Reads()
     return Found(model, reads, "pretrained, Hugging Face", labels)
 
 
@@ -136,6 +139,8 @@ def _huggingface_config(name: str, types: dict[str, str]) -> Any:
     """The configuration of a hub model or of a folder."""
     from transformers import AutoConfig
 
+    if "/" not in name and not Path(name).is_dir() and nearest(name, types) and name not in types:
+        raise ValueError(f"hf:{name} is no folder and no type of model; {nearest(name, types)}")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -155,6 +160,8 @@ def _huggingface_reads(name: str, config: Any) -> Reads:
     from transformers import ImageProcessingMixin
 
     size = _pair(config.image_size) if getattr(config, "image_size", None) else None
+    if not name:
+        return Reads(size)
     try:
         constants, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError):  # a type in its default size, or a folder without one
