@@ -119,6 +119,16 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         torch.set_num_threads(1)
 
 
+def test_a_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"belongs to another network.*delete it to start anew"):
+        train(Small(norm=False), data(), TrainConfig(epochs=2, batch=30, lr=0.05), checkpoint=tmp_path / "checkpoint")
+    content = (tmp_path / "checkpoint").read_bytes()
+    (tmp_path / "checkpoint").write_bytes(content.replace(b"residuum checkpoint 1", b"residuum checkpoint 9"))
+    with pytest.raises(ValueError, match=r"has the format 'residuum checkpoint 9', this version of residuum reads"):
+        run(tmp_path / "checkpoint")
+
+
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
     run(tmp_path / "checkpoint")
     content = (tmp_path / "checkpoint").read_bytes()

@@ -212,3 +212,18 @@ def test_model_in_training_mode_ends_in_eval_mode_and_random_state_is_kept(digit
     train(model, digits, TrainConfig(epochs=1))
     assert not any(module.training for module in model.modules())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_would_fail_later_is_refused_first(digits: Splits) -> None:
+    """Batch norm that would see one image, labels outside the head, an empty split."""
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=r"last step of an epoch has 1 images, of which batch norm would see 1"):
+        train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=95))
+    train(Small(norm=False), digits, TrainConfig(epochs=1, batch=95))
+    few = ResNet(ResNetConfig(blocks=(1,), widths=(4,), channels=1, classes=7))
+    with pytest.raises(ValueError, match="labels of digits need 10 classes, the network has 7 outputs"):
+        train(few, digits, TrainConfig(epochs=1))
+    empty = replace(digits.test, images=digits.test.images[:0], labels=digits.test.labels[:0])
+    with pytest.raises(ValueError, match="the test split of digits has no images"):
+        train(ResNet(NETWORK), Splits(digits.train, empty), TrainConfig(epochs=1))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from residuum.files import write_atomically
+from residuum.names import one_line
 
 _FORMAT = "residuum checkpoint 1"
 
@@ -103,7 +104,12 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
             "use the same settings, or delete it to start anew"
         )
-    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    try:
+        model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} belongs to another network ({one_line(error)}); use the same one, or delete it to start anew"
+        ) from error
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -126,5 +132,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a checkpoint, or is incomplete: {error}; delete it to start anew") from error
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of residuum; choose another output folder")
+        raise ValueError(
+            f"{path} has the format {metadata.get('format')!r}, this version of residuum reads {_FORMAT!r}; "
+            "delete it to start anew, or choose another output folder"
+        )
     return json.loads(metadata["content"]), tensors

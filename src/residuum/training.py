@@ -237,11 +237,7 @@ class Job:
     ) -> None:
         self.model, self.data, self.config, self.loss, self.group = model, data, config, loss, group
         self.after_backward, self.progress = after_backward, progress
-        last = len(data.train) % config.batch or config.batch
-        if last < group.size:
-            raise ValueError(
-                f"the last step of an epoch has {last} images, too few for {group.size} processes; choose another batch"
-            )
+        _check(model, data, config, loss, group)
         like = next(model.parameters())
         self.device = str(like.device)
         self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
@@ -325,6 +321,35 @@ class Job:
             "train_loss": at.total / len(self.images),
         }
         return row | {f"test_{name}": value for name, value in found.items()}
+
+
+def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, group: Group) -> None:
+    """Refuse before the first step what would fail at some later one."""
+    for split in data:
+        if not len(split):
+            raise ValueError(f"the {split.split} split of {split.name} has no images")
+    last = len(data.train) % config.batch or config.batch
+    alone = -(-(last // group.size) // config.accumulate)  # images that are normalised together in the last step
+    if last < group.size:
+        raise ValueError(
+            f"the last step of an epoch has {last} images, too few for {group.size} processes; choose another batch"
+        )
+    if alone == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ValueError(
+            f"the last step of an epoch has {last} images, of which batch norm would see 1 at a time; "
+            f"choose another batch than {config.batch}"
+        )
+    if loss is not label_loss:
+        return
+    like, training = next(model.parameters()), model.training
+    with torch.no_grad():
+        x = data.train.preparation(data.train.images[:2].to(like.device)).to(like.dtype)
+        classes = model.eval()(x).shape[-1]
+    model.train(training)
+    labels = torch.cat([split.labels for split in data])
+    found = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    if found > classes or (labels.ndim == 2 and found != classes):
+        raise ValueError(f"the labels of {data.train.name} need {found} classes, the network has {classes} outputs")
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
