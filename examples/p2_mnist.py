@@ -47,7 +47,7 @@ def table(found: dict[int, dict], index: str) -> None:
             values = [*indices[kind][index]["sections"], indices[kind][index]["network"]]
             rows[kind, depth] = values
             said = "trained" if kind == "measured" else "initial"
-            print(f"| L={depth}, {said} | {' | '.join(f'{v:.3g}' for v in values)} |")
+            print(f"| L={depth}, {said} | {' | '.join(f'{v:.3g}' if v < 1000 else f'{v:.0f}' for v in values)} |")
     if len(found) > 1:
         span = (min(found), max(found))
         for kind, said in (("measured", "trained"), ("initial", "initial")):
