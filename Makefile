@@ -19,7 +19,7 @@ setup: .venv/dev
 	touch $@
 
 demo: .venv/core
-	$(BIN)/residuum demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/residuum demo
 
 test: .venv/dev
 	$(ONE) $(BIN)/pytest -q -n 2 -m 'not slow'
