@@ -19,12 +19,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "names", "memory", "vision", "calls", "readings", "processes"],
+    ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes"],
     ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
     ["cutting", "data", "charts", "checkpoints"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
-    ["indices", "loading"],
+    ["indices", "convergence", "loading"],
     ["probing", "report"],
     ["results", "flags"],
     ["commands"],

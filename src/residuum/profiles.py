@@ -30,7 +30,7 @@ class Point(NamedTuple):
         section: Number of the section, from 0.
         index: Number of the block in its section (at="block"), of the first block (at="span"), or of the state
             (at="state": 0 is the state after the entry, i the one after block i - 1).
-        length: Number of consecutive blocks that a span covers.
+        length: Number of consecutive blocks that a span covers; of a pair of blocks (at="pair") the other block.
     """
 
     section: int
@@ -45,7 +45,7 @@ class Measure:
     Attributes:
         values: On the CPU. nan: undefined for that example (a denominator was zero); left out of means, and counted.
         points: Where the columns of `values` belong.
-        at: What the points number: blocks, states, or spans of consecutive blocks.
+        at: What the points number: blocks, states, spans of consecutive blocks, or pairs of blocks.
         update: For measures of a block's update: "own branch" if it was taken from the block's branch,
             "after - before" if from the difference of two states; else "".
         note: What a reader must know besides, such as which loss; else "".
@@ -53,7 +53,7 @@ class Measure:
 
     values: Float32[Tensor, "example point"]
     points: tuple[Point, ...]
-    at: Literal["block", "state", "span"]
+    at: Literal["block", "state", "span", "pair"]
     update: str = ""
     note: str = ""
 
@@ -68,7 +68,7 @@ class Measure:
 def measure(
     columns: Sequence[Float[Tensor, " example"]],
     points: Sequence[Point],
-    at: Literal["block", "state", "span"],
+    at: Literal["block", "state", "span", "pair"],
     *,
     update: str = "",
     note: str = "",

@@ -1,11 +1,49 @@
 """Probes: what can be measured on a stream. Functions that return values per example; `profiles.profile` averages them.
 
 Passive probes look at one step of one forward and share it: `passive(perturbation, state_norm, update_angle)`. The
-others get the stream of one batch and its target.
+interventions share their prefixes: `interventions(drops, swaps)`. The others get a stream and its target.
 """
 
+from residuum.probes.borderline import groups, margins, unrolled
+from residuum.probes.gradient import gradients, loss_changes
+from residuum.probes.intervene import (
+    SCALES,
+    drops,
+    drops_first,
+    drops_last,
+    interventions,
+    repeats,
+    replacements,
+    shuffles,
+    swaps,
+    unrolls,
+)
 from residuum.probes.pair import pairs
 from residuum.probes.passive import PassiveProbe, passive, perturbation, state_norm, update_angle
 from residuum.probes.readout import misfit, readouts
 
-__all__ = ["PassiveProbe", "misfit", "pairs", "passive", "perturbation", "readouts", "state_norm", "update_angle"]
+__all__ = [
+    "SCALES",
+    "PassiveProbe",
+    "drops",
+    "drops_first",
+    "drops_last",
+    "gradients",
+    "groups",
+    "interventions",
+    "loss_changes",
+    "margins",
+    "misfit",
+    "pairs",
+    "passive",
+    "perturbation",
+    "readouts",
+    "repeats",
+    "replacements",
+    "shuffles",
+    "state_norm",
+    "swaps",
+    "unrolled",
+    "unrolls",
+    "update_angle",
+]

@@ -41,9 +41,9 @@ def passive(*probes: PassiveProbe) -> Probe:
                 points.setdefault(name, []).append(Point(step.section, step.index))
             own.add(step.own_branch)
             previous = step
-        origin = _origin(own)
+        update = origin(own)
         return {
-            name: measure(columns[name], points[name], "block", update="" if name in _OF_STATES else origin)
+            name: measure(columns[name], points[name], "block", update="" if name in _OF_STATES else update)
             for name in columns
         }
 
@@ -60,7 +60,8 @@ def _look(probes: tuple[PassiveProbe, ...], step: Step, previous: Step | None) -
     return found
 
 
-def _origin(own: set[bool]) -> str:
+def origin(own: set[bool]) -> str:
+    """Whose updates were measured, from the values of `Step.own_branch` that were met."""
     names = {True: "own branch", False: "after - before"}
     return " or ".join(names[kind] for kind in sorted(own, reverse=True))
 

@@ -1,5 +1,6 @@
 """Readout probes: what the network would answer if it stopped after each block."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
       an example that count and are not masked. For decoders this is the logit lens, with one final norm.
     - None: no labels, hence no loss and no accuracy.
 
+    An output that is not a number, or infinite, has infinite loss and is not right.
+
     A section's last state and the next one's first have the same output, which is computed once.
 
     Args:
@@ -56,7 +59,7 @@ def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     read = None
     for places, output in _exits(stream):
         if read is None:
-            read = _Reader.of(output, target, stream.mask)
+            read = Reader.of(output, target, stream.mask)
         answer, values = read(output)
         for place in places:
             points.append(place)
@@ -108,15 +111,21 @@ def _exits(stream: Stream) -> Iterator[tuple[list[Point], Tensor]]:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Reads answers and values off outputs, for one kind of target."""
+class Reader:
+    """Reads answers and values off outputs, for one kind of target. What they are, `readouts` says.
+
+    Attributes:
+        target: The labels, or None.
+        several: Whether there are several labels per example.
+        counted: True where a token counts; None where outputs have no tokens.
+    """
 
     target: Tensor | None
-    several: bool  # several labels per example
-    counted: Bool[Tensor, "example token"] | None  # tokens that count; None where outputs have no tokens
+    several: bool
+    counted: Bool[Tensor, "example token"] | None
 
     @classmethod
-    def of(cls, output: Tensor, target: Tensor | None, mask: Tensor | None) -> "_Reader":
+    def of(cls, output: Tensor, target: Tensor | None, mask: Tensor | None) -> "Reader":
         """The reader for these outputs and labels; refuses what does not fit."""
         target = None if target is None else target.to(output.device)
         reason = misfit(output, target)
@@ -137,27 +146,36 @@ class _Reader:
         return answer, {name: self._per_example(value) for name, value in values.items()}
 
     def _single(self, output: Tensor) -> dict[str, Tensor]:
-        logs = output.log_softmax(-1)
-        values = {"answer": output.argmax(-1), "entropy": torch.special.entr(logs.exp()).sum(-1)}
+        logs, broken = output.log_softmax(-1), _broken(output)
+        answer = output.argmax(-1).masked_fill(broken, -1)
+        values = {"answer": answer, "entropy": torch.special.entr(logs.exp()).sum(-1)}
         if self.target is None:
             return values
         loss = F.nll_loss(logs.movedim(-1, 1), self.target, reduction="none", ignore_index=_IGNORED)
-        return values | {"loss": loss, "accuracy": values["answer"] == self.target}
+        return values | {"loss": loss.masked_fill(broken, torch.inf), "accuracy": answer == self.target}
 
     def _several(self, output: Tensor) -> dict[str, Tensor]:
-        ones = self.target.bool()
+        ones, broken = self.target.bool(), _broken(output)
         rank = output.sort(dim=1, descending=True, stable=True).indices.argsort(1)
         answer = rank < ones.sum(1, keepdim=True)
         chances = torch.stack([output.sigmoid(), (-output).sigmoid()])
         loss = F.binary_cross_entropy_with_logits(output, ones.to(output), reduction="none").mean(1)
         entropy = torch.special.entr(chances).sum(0).mean(1)
-        return {"answer": answer, "entropy": entropy, "loss": loss, "accuracy": (answer == ones).all(1)}
+        accuracy = (answer == ones).all(1) & ~broken
+        return {"answer": answer, "entropy": entropy, "loss": loss.masked_fill(broken, torch.inf), "accuracy": accuracy}
 
     def _per_example(self, value: Shaped[Tensor, "example ..."]) -> Float[Tensor, " example"]:
         value = value if value.is_floating_point() else value.float()
         if self.counted is None:
             return value
         return ratio(value.masked_fill(~self.counted, 0).sum(1), self.counted.sum(1).to(value))
+
+    def chance(self, output: Tensor) -> Float[Tensor, " example"]:
+        """How often a blind guess is right: 1 / classes; with m labels of several, 1 / (classes choose m)."""
+        classes = output.shape[-1]
+        if self.several:
+            return torch.tensor([1 / math.comb(classes, int(m)) for m in self.target.sum(1)])
+        return torch.full((len(output),), 1 / classes)
 
     def same(self, a: Tensor, b: Tensor) -> Float[Tensor, " example"]:
         """1 where two answers are the same, else 0; a mean over the tokens that count."""
@@ -172,3 +190,8 @@ class _Reader:
                 ", mean over the counted tokens of an example" if self.counted is not None else ""
             )
         return "of the sigmoids, mean over the classes (nats)" if name == "entropy" and self.several else ""
+
+
+def _broken(output: Float[Tensor, "example ... class"]) -> Bool[Tensor, "example ..."]:
+    """Outputs that are no distribution: not a number, or infinite. Minus infinity is an impossible class."""
+    return ~output.amax(-1).isfinite()
