@@ -283,3 +283,22 @@ def test_data_are_listed_and_fetched(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "come with scikit-learn" in capsys.readouterr().err
     assert main(["data", "fetch", "mnits"]) == 2
     assert "did you mean 'mnist'" in capsys.readouterr().err
+
+
+def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
+    """Gradients, interventions, spectra: in the tables, and the indices of iterative convergence beside the others."""
+    out = tmp_path / "all"
+    command = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "6", "--probes", "all"]
+    assert main(command) == 0
+    quantities = set(pd.read_parquet(out / "profile.parquet").quantity)
+    assert {
+        "gradient_cosine",
+        "drop_accuracy",
+        "replace_flip",
+        "unroll_1_loss",
+        "update_lipschitz",
+        "margin",
+    } <= quantities
+    found = json.loads((out / "indices.json").read_text())
+    assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
+    assert found["initial_convergence"].keys() == found["convergence"].keys()

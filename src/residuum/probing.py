@@ -13,14 +13,49 @@ from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, ba
 from residuum.loading import LoadedModel
 from residuum.names import unknown
 from residuum.nulls import NoNullModel, calibrate_, null_is_reset, null_model
-from residuum.probes import misfit, pairs, passive, perturbation, readouts, state_norm, update_angle
+from residuum.probes import (
+    drops,
+    drops_first,
+    drops_last,
+    gradients,
+    interventions,
+    lipschitz,
+    margins,
+    misfit,
+    pairs,
+    passive,
+    perturbation,
+    readouts,
+    repeats,
+    replacements,
+    settling,
+    shuffles,
+    state_norm,
+    swaps,
+    unrolls,
+    update_angle,
+)
 from residuum.profiles import Probe, Profile, profile
 from residuum.progress import Bar, quiet
 from residuum.streams import Stream
 
 CALIBRATION, CALIBRATION_BATCH = 1000, 100  # training images that set batch-norm statistics at initialisation
+# What `--probes` names. The passive ones share one walk, the interventions one prefix tree.
 PASSIVE = {"perturbation": perturbation, "state_norm": state_norm, "update_angle": update_angle}
-OTHERS = {"pairs": pairs, "readouts": readouts}
+OTHERS = {"pairs": pairs, "readouts": readouts, "lipschitz": lipschitz, "settling": settling}
+LABELLED = {"gradients": gradients(), "plugin_gradients": gradients(grad="plugin"), "margins": margins}
+CHANGES = {
+    "drops": drops,
+    "drops_first": drops_first,
+    "drops_last": drops_last,
+    "repeats": repeats,
+    "swaps": swaps,
+    "replacements": replacements,
+    "shuffles": shuffles,
+    "unrolls": unrolls,
+}
+NAMES = (*PASSIVE, *OTHERS, *LABELLED, *CHANGES)
+USUAL = (*PASSIVE, "pairs", "readouts")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -41,7 +76,7 @@ class ProbeConfig:
         seed: Seed of the weights at initialisation and of the choice of images.
     """
 
-    probes: tuple[str, ...] = (*PASSIVE, *OTHERS)
+    probes: tuple[str, ...] = USUAL
     blocks: tuple[str, ...] = ()
     size: int | None = None
     normalise: Literal["model", "data", "imagenet"] = "model"
@@ -71,21 +106,32 @@ class Findings:
     notes: tuple[str, ...]
 
 
-def choose(names: Sequence[str]) -> list[Probe]:
-    """Probes by their names; the passive ones share one walk.
+def choose(names: Sequence[str], *, labelled: bool = True) -> list[Probe]:
+    """Probes by their names; the passive ones share one walk, the interventions one prefix tree.
+
+    Args:
+        names: Of `NAMES`; "all" stands for them all.
+        labelled: Whether there are labels; without them the probes that need some are left out.
 
     Raises:
         ValueError: If a name is unknown (the nearest are offered), given twice, or none is given.
     """
+    names = NAMES if tuple(names) == ("all",) else names
     for name in names:
-        if name not in PASSIVE and name not in OTHERS:
-            raise unknown("probe", name, (*PASSIVE, *OTHERS))
+        if name not in NAMES:
+            raise unknown("probe", name, (*NAMES, "all"))
         if names.count(name) > 1:
             raise ValueError(f"probe {name!r} is given twice")
     if not names:
-        raise ValueError(f"no probes given; known: {', '.join((*PASSIVE, *OTHERS))}")
-    shared = [PASSIVE[name] for name in names if name in PASSIVE]
-    return [*([passive(*shared)] if shared else []), *(OTHERS[name] for name in names if name in OTHERS)]
+        raise ValueError(f"no probes given; known: {', '.join(NAMES)}")
+    walked = [PASSIVE[name] for name in names if name in PASSIVE]
+    changed = [CHANGES[name] for name in names if name in CHANGES]
+    single = OTHERS | (LABELLED if labelled else {})
+    return [
+        *([passive(*walked)] if walked else []),
+        *(single[name] for name in names if name in single),
+        *([interventions(*changed)] if changed else []),
+    ]
 
 
 def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Preparation:
@@ -127,7 +173,6 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
     Raises:
         ValueError: If the network does not read such examples, or cannot be cut; the message says why.
     """
-    probes = choose(config.probes)
     _check_kind(loaded, data.test)
     if isinstance(data.test, TextSet):
         give, about_input = partial(text_batches, device=config.device), ""
@@ -138,6 +183,7 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
     model = loaded.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
     stream, output = _try(loaded, give(data.test.take(2, seed=0), batch=2), config)
     labelled, about_labels = _labels(loaded, data.test, output)
+    probes = choose(config.probes, labelled=labelled)
     if readouts in probes and output.ndim > 3:
         probes.remove(readouts)
         about_labels = f"outputs of shape {list(output.shape)} are no classes: readouts are skipped"

@@ -9,6 +9,7 @@ import numpy
 import torch
 
 from residuum import __version__
+from residuum.convergence import companions, convergence_indices
 from residuum.data import ImageSet, Splits, TextSet
 from residuum.files import write_atomically, write_json
 from residuum.indices import depth_advice, indices
@@ -41,8 +42,16 @@ def write_findings(folder: Path, findings: Findings) -> None:
         "initial": None if findings.initial is None else indices(findings.initial),
         "initial_reason": findings.initial_reason,
         "advice": depth_advice(findings.profile),
+        "convergence": _convergence(findings.profile),
+        "initial_convergence": None if findings.initial is None else _convergence(findings.initial),
     }
     write_json(folder / "indices.json", content)
+
+
+def _convergence(profile: Profile) -> dict[str, Any]:
+    """The indices of iterative convergence and their companions, as far as they were measured."""
+    intact = "intact_accuracy" in profile.measures
+    return (convergence_indices(profile) if intact else {}) | companions(profile)
 
 
 def write_profile(folder: Path, name: str, profile: Profile) -> None:

@@ -5,6 +5,7 @@ interventions share their prefixes: `interventions(drops, swaps)`. The others ge
 """
 
 from residuum.probes.borderline import groups, margins, unrolled
+from residuum.probes.compare import collect, compare
 from residuum.probes.gradient import gradients, loss_changes
 from residuum.probes.intervene import (
     SCALES,
@@ -21,16 +22,20 @@ from residuum.probes.intervene import (
 from residuum.probes.pair import pairs
 from residuum.probes.passive import PassiveProbe, passive, perturbation, state_norm, update_angle
 from residuum.probes.readout import misfit, readouts
+from residuum.probes.spectral import lipschitz, settling
 
 __all__ = [
     "SCALES",
     "PassiveProbe",
+    "collect",
+    "compare",
     "drops",
     "drops_first",
     "drops_last",
     "gradients",
     "groups",
     "interventions",
+    "lipschitz",
     "loss_changes",
     "margins",
     "misfit",
@@ -40,6 +45,7 @@ __all__ = [
     "readouts",
     "repeats",
     "replacements",
+    "settling",
     "shuffles",
     "state_norm",
     "swaps",

@@ -1,0 +1,299 @@
+"""Spectra: operator norms, certificates, singular values and spectral radii of linear maps given by their products."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Map = Callable[[Tensor], Tensor]
+Kind = Literal["estimate from below", "estimate", "exact", "upper bound"]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """The size of a linear map, and what kind of number it is.
+
+    Attributes:
+        value: One number, or one per example; nan where the map is not finite.
+        kind: "estimate from below": not above the truth beyond rounding; "estimate": on either side of it; "exact": up
+            to rounding in float64; "upper bound": not below the truth.
+        residual: How far the vectors found are from true ones, in the unit of `value`; None if not iterated.
+        products: Products of the map or its adjoint with a vector that it took.
+    """
+
+    value: Float[Tensor, "*example"]
+    kind: Kind
+    residual: Float[Tensor, "*example"] | None = None
+    products: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A linear map per example, known by its products only.
+
+    Attributes:
+        apply: v -> A v, all examples at once.
+        adjoint: u -> A^T u.
+        domain: A tensor of the shape, precision and device of v; its values do not matter.
+    """
+
+    apply: Map
+    adjoint: Map
+    domain: Float[Tensor, " example *state"]
+
+
+def linearise(f: Map, h: Float[Tensor, " example *state"]) -> tuple[Tensor, Operator]:
+    """The value of a map at a state, detached, and its Jacobian, one per example; from one forward.
+
+    `A^T u` is a backward pass; `A v` is the derivative of `A^T u` in u, which is linear in u (double backward). Only
+    derivatives in the state are formed, parameters keep theirs. Attention runs in its plain form, the only one that
+    can be differentiated twice. The map must treat examples independently, as blocks in eval mode do.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        h = h.detach().requires_grad_()
+        out = f(h)
+        u = torch.zeros_like(out, requires_grad=True)
+        pulled = _pull(out, h, u, create_graph=True)
+    there, back = (lambda v: _pull(pulled, u, v.to(h.dtype))), (lambda w: _pull(out, h, w.to(out.dtype)))
+    return out.detach(), Operator(there, back, h.detach())
+
+
+def _pull(out: Tensor, of: Tensor, weights: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Gradient of <out, weights>; zero where `out` does not depend on `of`."""
+    if not out.requires_grad:
+        return torch.zeros_like(of)
+    keep = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(out, of, weights, **keep)[0]
+
+
+def linear_part(module: nn.Module, size: tuple[int, ...] = ()) -> Operator:
+    """A convolution on maps of a size (any stride, padding, groups), or a linear module, without bias; one example."""
+    _check(module, size)
+    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    bias = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
+    return linearise(lambda v: functional_call(module, bias, (v,)), module.weight.new_zeros(1, width, *size))[1]
+
+
+def operator_norm(
+    module: nn.Module, size: tuple[int, ...] = (), *, tolerance: float = 1e-6, products: int = 200
+) -> Norm:
+    """The true operator norm `max |W x| / |x|` of a convolution on maps of a size, or of a linear module.
+
+    An estimate from below for convolutions, exact for nn.Linear. Not the norm of the kernel reshaped to a matrix
+    (torch's `spectral_norm`), which is up to the kernel size too small.
+
+    Args:
+        module: nn.Conv2d or nn.Linear.
+        size: Rows and columns of the convolution's map; () for nn.Linear.
+        tolerance: Residual relative to the value at which the iteration ends.
+        products: Most vector products to spend; if they do not suffice the residual says so.
+
+    Source: Golub & Kahan (1965); P0 (Lippl et al. 2024) limits this norm.
+    """
+    if isinstance(module, nn.Linear):
+        _check(module, size)
+        return Norm(torch.linalg.matrix_norm(module.weight.detach().double(), 2), "exact")
+    found, _ = largest_singular_value(linear_part(module, size), products=products, tolerance=tolerance)
+    return Norm(found.value[0], found.kind, found.residual[0], found.products)
+
+
+def power_steps(
+    operator: Operator, v: Float[Tensor, " example *state"] | None = None, *, steps: int = 1, seed: int = 0
+) -> tuple[Norm, Tensor, Tensor]:
+    """Power iteration that goes on from where it was: `u = A v / |A v|`, `v = A^T u / |A^T u|`, per example.
+
+    Cheap while weights change slowly: one step per change keeps up. `<u, A v>` with constant u and v is the form to
+    differentiate in the weights. For one number to tolerance `largest_singular_value` needs far fewer products.
+
+    Args:
+        operator: The map.
+        v: Where the last call ended; None to start from a random vector.
+        steps: Steps, two vector products each, at least 1.
+        seed: Of the start vector.
+
+    Returns:
+        The norm `|A^T u|` (estimate from below; residual `|A^T u - |A v| v|`), u, and v to go on from.
+    """
+    v = _start(operator, seed).view_as(operator.domain) if v is None else v
+    _need("power_steps", "steps", steps, 1)
+    for _ in range(steps):
+        u, before = _unit(operator.apply(v))
+        v, value = _unit(operator.adjoint(u))
+    residual = (value.square() - before.square()).clamp_min(0).sqrt()
+    return Norm(value, "estimate from below", residual, 2 * steps), u, v
+
+
+def certificate(conv: nn.Conv2d, size: tuple[int, int]) -> Norm:
+    """A guaranteed bound of a convolution's operator norm: the norm of the circular one on a larger map.
+
+    `max over frequencies w of |K(w)|` with `K(w) = sum_k W[:, :, k] exp(-i w . dilation k)`, by FFT on a map of
+    n + dilation (k - 1) rows and columns, in float64. On that map nothing wraps around, so the zero-padded convolution
+    is a part of the circular one, whatever its padding and stride. On n itself it is no bound. Tight to a few percent
+    on maps larger than a few kernels.
+
+    Raises:
+        ValueError: If the convolution pads otherwise, or the size is not two positive numbers.
+
+    Source: Sedghi, Gupta & Long (2019) for the circular operator; the larger map is ours.
+    """
+    _check(conv, size)
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"certificate: padding_mode is {conv.padding_mode!r}; the bound holds for 'zeros' only")
+    weight = conv.weight.detach().double()
+    out, inner, rows, columns = weight.shape
+    down, right = conv.dilation
+    spread = weight.new_zeros(out, inner, down * (rows - 1) + 1, right * (columns - 1) + 1)
+    spread[..., ::down, ::right] = weight
+    # A kernel of one row has the same spectrum at all vertical frequencies: one is enough.
+    around = [n + extent - 1 if extent > 1 else 1 for n, extent in zip(size, spread.shape[2:], strict=True)]
+    spectrum = torch.fft.rfft2(spread, s=around).unflatten(0, (conv.groups, -1))
+    return Norm(torch.linalg.matrix_norm(spectrum.permute(0, 3, 4, 1, 2), 2).max(), "upper bound")
+
+
+def batch_norm_norm(norm: nn.Module) -> Norm:
+    """The norm of a batch norm's affine map in eval mode, `max_c |gamma_c| / sqrt(var_c + eps)`; exact.
+
+    Refuses one without running variance, which is not an affine map, with a ValueError.
+    """
+    variance = getattr(norm, "running_var", None)
+    if variance is None:
+        raise ValueError(f"{type(norm).__name__} has no running variance, so it is not an affine map in eval mode")
+    scale = 1 if norm.weight is None else norm.weight.detach().double().abs()
+    return Norm((scale * (variance.double() + norm.eps).rsqrt()).max(), "exact")
+
+
+def largest_singular_value(
+    operator: Operator,
+    *,
+    near: Float[Tensor, " example *state"] | None = None,
+    products: int = 30,
+    tolerance: float = 0.0,
+    seed: int = 0,
+) -> tuple[Norm, Tensor]:
+    """The largest singular value per example, by Golub-Kahan-Lanczos with full reorthogonalisation.
+
+    After k steps `A^T U = V B^T` with orthonormal columns, k of U and k + 1 of V, and B bidiagonal: the value s is the
+    largest singular value of B, in float64. With its left vector p and u = U p the residual is `B[k, k+1] |p[k]|`, and
+    `|A A^T u - s^2 u| <= residual |A|`: a singular value of A is at most the residual away from s, usually much less.
+    Every example has the same start vector, so that a result does not depend on the rest of the batch. About
+    `products` vectors are kept per example.
+
+    Args:
+        operator: The map.
+        near: Where its vector is expected; half as much of a random vector is added. None: a random vector alone, which
+            may have little of the right one: it then needs more products, and a small residual may be of the second.
+        products: Most vector products to spend, at least 2; each step takes two.
+        tolerance: Stop early when every example's residual is at most this part of its value.
+        seed: Of the start vector.
+
+    Returns:
+        An estimate from below per example, and the unit vectors v where `|A v|` is about that.
+
+    Source: Golub & Kahan (1965); Golub & Van Loan, Matrix Computations, 10.4.
+    """
+    _need("largest_singular_value", "products", products, 2)
+    right, left, diagonal, above = [_start(operator, seed, near)], [], [], []
+    steps = min(products // 2, right[0].shape[1])
+    for step in range(1, steps + 1):
+        u = operator.apply(right[-1].view_as(operator.domain))
+        flat, alpha = _new_direction(u.flatten(1), left)
+        left.append(flat)
+        w = operator.adjoint(flat.view_as(u)).flatten(1)
+        flat, beta = _new_direction(w, right)
+        right.append(flat)
+        diagonal, above = [*diagonal, alpha], [*above, beta]
+        if tolerance and step % 5 == 0:
+            value, residual, _ = _bidiagonal(diagonal, above)
+            if (residual <= tolerance * value).all():
+                break
+    value, residual, weights = _bidiagonal(diagonal, above)
+    v = sum(weight[:, None] * q for weight, q in zip(weights.to(right[0]).unbind(1), right, strict=True))
+    return Norm(value, "estimate from below", residual, 2 * step), v.view_as(operator.domain)
+
+
+def _bidiagonal(diagonal: list[Tensor], above: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest singular value of the k x (k + 1) bidiagonal matrices, the residual, and the right vector."""
+    alpha, beta = torch.stack(diagonal, 1).double().cpu(), torch.stack(above, 1).double().cpu()
+    known = (alpha + beta).isfinite().all(1)
+    alpha, beta = alpha.nan_to_num(0, 0, 0), beta.nan_to_num(0, 0, 0)
+    B = nn.functional.pad(torch.diag_embed(alpha), (0, 1)) + nn.functional.pad(torch.diag_embed(beta), (1, 0))
+    p, values, q = torch.linalg.svd(B, full_matrices=False)
+    residual = beta[:, -1] * p[:, -1, 0].abs()
+    return values[:, 0].masked_fill(~known, torch.nan), residual.masked_fill(~known, torch.nan), q[:, 0]
+
+
+def spectral_radius(operator: Operator, *, products: int = 30, seed: int = 0) -> Norm:
+    """The largest absolute eigenvalue per example, by Arnoldi's method on the adjoint, which has the same ones.
+
+    `A^T Q = Q H + eta q e^T` with Q orthonormal and H small; the value is the largest `|theta|` of H's eigenvalues, in
+    float64, and with its eigenvector y the residual is `eta |y_last| / |y|`: theta is an eigenvalue of a map that is
+    so close to A. For maps far from normal it may still be far from one of A.
+
+    Args:
+        operator: A map from a state to a state of the same shape.
+        products: Vector products to spend, at least 1.
+        seed: Of the start vector.
+
+    Source: Arnoldi (1951); Saad, Numerical Methods for Large Eigenvalue Problems, 6.2.
+    """
+    _need("spectral_radius", "products", products, 1)
+    basis = [_start(operator, seed)]
+    steps = min(products, basis[0].shape[1])
+    H = torch.zeros(len(basis[0]), steps + 1, steps, dtype=torch.float64)
+    for j in range(steps):
+        w = operator.adjoint(basis[-1].view_as(operator.domain)).flatten(1)
+        flat, size = _new_direction(w, basis)
+        H[:, : j + 1, j] = torch.stack([(q * w).sum(1) for q in basis], 1).double().cpu()
+        H[:, j + 1, j] = size.double().cpu()
+        basis.append(flat)
+    known = H.isfinite().all((1, 2))
+    H = H.nan_to_num(0, 0, 0)
+    values, vectors = torch.linalg.eig(H[:, :-1])
+    top = values.abs().argmax(1)
+    value, y = values.abs().gather(1, top[:, None])[:, 0], vectors[torch.arange(len(H)), :, top]
+    residual = H[:, -1, -1] * y[:, -1].abs() / torch.linalg.vector_norm(y, dim=1)
+    return Norm(value.masked_fill(~known, torch.nan), "estimate", residual.masked_fill(~known, torch.nan), steps)
+
+
+def _start(operator: Operator, seed: int, near: Tensor | None = None) -> Float[Tensor, "example n"]:
+    """The same random unit vector for every example, or half of it added to given ones, in float32 at least."""
+    like = operator.domain
+    one = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    start = (one / one.norm()).to(like.device, wide).flatten().repeat(len(like), 1)
+    return start if near is None else _unit(_unit(near.flatten(1).to(wide))[0] + start / 2)[0]
+
+
+def _new_direction(w: Tensor, basis: list[Tensor]) -> tuple[Float[Tensor, "example n"], Float[Tensor, " example"]]:
+    """The part of w that is orthogonal to the basis, as a unit vector and its length; 0 where only rounding is left."""
+    before = torch.linalg.vector_norm(w, dim=1)
+    for q in (*basis, *basis):  # once leaves a part of the size of the rounding errors, twice is enough
+        w = w - (q * w).sum(1, keepdim=True) * q
+    unit, size = _unit(w)
+    gone = size <= 32 * torch.finfo(w.dtype).eps * before
+    return unit.masked_fill(gone[:, None], 0), size.masked_fill(gone, 0)
+
+
+def _unit(w: Float[Tensor, " example *state"]) -> tuple[Float[Tensor, " example *state"], Float[Tensor, " example"]]:
+    """w at length 1 and its length; 0 stays 0."""
+    size = torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
+    return w / size.masked_fill(size == 0, 1), size.flatten()
+
+
+def _need(what: str, name: str, given: int, least: int) -> None:
+    if given < least:
+        raise ValueError(f"{what}: {name} is {given}; at least {least} is needed")
+
+
+def _check(module: nn.Module, size: tuple[int, ...]) -> None:
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        raise ValueError(f"norms are for nn.Conv2d and nn.Linear, given {type(module).__name__}")
+    needed = 2 if isinstance(module, nn.Conv2d) else 0
+    if len(size) != needed or min(size, default=1) < 1:
+        what = "rows and columns of the map, such as (28, 28)" if needed else "()"
+        raise ValueError(f"{type(module).__name__} needs as size {what}; given {size}")
