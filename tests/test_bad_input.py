@@ -301,3 +301,27 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="pulled"), new_folder(folder, replace=True) as new:
         write_json(new / "history.json", 2)
     assert contents(tmp_path) == {"run/config.json": b"1\n"}
+
+
+def test_outputs_that_are_not_numbers_are_never_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "nan.py").write_text(
+        "from residuum import ResNet, ResNetConfig\n"
+        "def net():\n"
+        "    model = ResNet(ResNetConfig(blocks=(2,), widths=(4,), channels=1))\n"
+        "    model.dense.weight.data.fill_(float('nan'))\n"
+        "    return model\n"
+    )
+    command = [
+        "probe",
+        f"{tmp_path / 'nan.py'}:net",
+        "--data",
+        "digits",
+        "--limit",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "accuracy 0.0%" in said.out
+    assert "the outputs of 20 of 20 examples are not finite; they count as wrong" in said.err

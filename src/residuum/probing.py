@@ -212,7 +212,7 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
             "at initialisation: weights drawn by torch's default for each layer (reset_parameters), which can differ "
             "from what the network's authors start from"
         )
-    notes = tuple(filter(None, (about_input, about_labels, about_null)))
+    notes = tuple(filter(None, (about_input, about_labels, _about_outputs(found), about_null)))
     return Findings(found, initial, reason, _describe(model, stream), notes)
 
 
@@ -296,6 +296,14 @@ def _about_images(loaded: LoadedModel, data: ImageSet, preparation: Preparation,
         whose = "ImageNet's" if config.normalise == "imagenet" else "the network's own"
         done.append(f"standardised with {whose} mean and deviation")
     return f"images: {', '.join(done)}" if done else ""
+
+
+def _about_outputs(found: Profile) -> str:
+    """How many outputs are nan or infinite; "" if none."""
+    if "entropy" not in found.measures:
+        return ""
+    bad = int((~found.measures["entropy"].values[:, -1].isfinite()).sum())
+    return f"the outputs of {bad} of {len(found.examples)} examples are not finite; they count as wrong" if bad else ""
 
 
 def _channels(model: nn.Module) -> int | None:
