@@ -233,9 +233,9 @@ def test_other_and_broken_files_are_refused(whole: Profile, tmp_path: Path) -> N
     whole.save(tmp_path / "p")
     (tmp_path / "cut").write_bytes((tmp_path / "p").read_bytes()[:-9])
     save_file({"w": torch.zeros(1)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match="cut is not a profile, or is incomplete"):
+    with pytest.raises(ValueError, match="cut is no file of residuum, or is incomplete"):
         load(tmp_path / "cut")
-    with pytest.raises(ValueError, match="weights is not a profile: its format is None"):
+    with pytest.raises(ValueError, match="weights has the format None, expected"):
         load(tmp_path / "weights")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "missing")

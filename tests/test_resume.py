@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -
         train(Small(norm=False), data(), TrainConfig(epochs=2, batch=30, lr=0.05), checkpoint=tmp_path / "checkpoint")
     content = (tmp_path / "checkpoint").read_bytes()
     (tmp_path / "checkpoint").write_bytes(content.replace(b"residuum checkpoint 1", b"residuum checkpoint 9"))
-    with pytest.raises(ValueError, match=r"has the format 'residuum checkpoint 9', this version of residuum reads"):
+    with pytest.raises(ValueError, match=r"has the format 'residuum checkpoint 9', expected 'residuum checkpoint 1'"):
         run(tmp_path / "checkpoint")
 
 
@@ -134,13 +134,13 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
     content = (tmp_path / "checkpoint").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"nothing of ours"):
         (tmp_path / "checkpoint").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"is not a checkpoint, or is incomplete.*delete it to start anew"):
+        with pytest.raises(ValueError, match=r"is no file of residuum, or is incomplete.*delete it to start anew"):
             run(tmp_path / "checkpoint")
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writing fails, the older checkpoint stays, and the training goes on from it."""
-    import residuum.checkpoints
+    import residuum.files
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "checkpoint", stop_at=2)
@@ -150,7 +150,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(residuum.checkpoints, "save_file", full)
+        patch.setattr(residuum.files, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             run(tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint").read_bytes() == kept

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -56,11 +55,6 @@ def output_of(output: Any) -> Tensor:
 def detached(value: Any) -> Any:
     """A tensor without its gradient history; anything else as it is."""
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which to add up: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -1,17 +1,14 @@
 """Checkpoints: all that a training needs to go on as if it had not been stopped, in one file that appears whole."""
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from residuum.files import write_atomically
+from residuum.files import read_tensors, write_tensors
 from residuum.names import one_line
 
 _FORMAT = "residuum checkpoint 1"
@@ -75,10 +72,8 @@ def save(
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{name}": v for name, v in state.items() if isinstance(v, Tensor)}
-    content = {"progress": vars(progress), "about": about}
-    metadata = {"format": _FORMAT, "content": json.dumps(content)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, {"progress": vars(progress), "about": about}, format=_FORMAT)
 
 
 def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, about: dict[str, Any]) -> Progress:
@@ -96,7 +91,10 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
     Raises:
         ValueError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
     """
-    content, tensors = _read(path)
+    try:
+        tensors, content = read_tensors(path, format=_FORMAT)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to start anew, or choose another output folder") from error
     theirs = content["about"]
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
     if different:
@@ -122,18 +120,3 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     progress = content["progress"]
     return Progress(progress["epoch"], progress["step"], progress["total"], tuple(progress["history"]))
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a checkpoint, or is incomplete: {error}; delete it to start anew") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} has the format {metadata.get('format')!r}, this version of residuum reads {_FORMAT!r}; "
-            "delete it to start anew, or choose another output folder"
-        )
-    return json.loads(metadata["content"]), tensors

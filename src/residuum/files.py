@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 # What a result folder may hold. A folder with anything else in it is somebody's work and is never replaced.
 OURS = frozenset(
@@ -64,6 +66,33 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_tensors(path: Path | str, *, format: str) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and JSON content of a safetensors file of ours, whose header says "format" and "content".
+
+    Raises:
+        ValueError: If the file is no safetensors file, is cut short, or has another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no file of residuum, or is incomplete: {error}") from error
+    if metadata.get("format") != format:
+        raise ValueError(f"{path} has the format {metadata.get('format')!r}, expected {format!r}")
+    return tensors, json.loads(metadata["content"])
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], content: Any, *, format: str) -> None:
+    """Write a file that `read_tensors` reads, atomically.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    metadata = {"format": format, "content": json.dumps(content)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Measuring: values per example at the points of a stream, merged over batches; their means, errors and files."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -9,12 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from residuum.cutting import cut_all
-from residuum.files import write_atomically
+from residuum.files import read_tensors, write_tensors
 from residuum.streams import Stream
 
 if TYPE_CHECKING:
@@ -148,8 +145,7 @@ class Profile:
             k: {"points": m.points, "at": m.at, "update": m.update, "note": m.note} for k, m in self.measures.items()
         }
         header = {"measures": table, "sections": self.sections, "lengths": self.lengths, "about": self.about}
-        metadata = {"format": _FORMAT, "profile": json.dumps(header)}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+        write_tensors(Path(path), tensors, header, format=_FORMAT)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per quantity and point: quantity, section, point, length, at, mean, stderr, count, update."""
@@ -176,15 +172,7 @@ def load(path: Path | str) -> Profile:
     Raises:
         ValueError: If the file is something else, or cut short.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a profile, or is incomplete: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f'{path} is not a profile: its format is {metadata.get("format")!r}, expected "{_FORMAT}"')
-    header = json.loads(metadata["profile"])
+    tensors, header = read_tensors(path, format=_FORMAT)
     measures = {
         name: Measure(tensors[f"values/{name}"], tuple(Point(*p) for p in m["points"]), m["at"], m["update"], m["note"])
         for name, m in header["measures"].items()
