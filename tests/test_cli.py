@@ -302,3 +302,19 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
     found = json.loads((out / "indices.json").read_text())
     assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
     assert found["initial_convergence"].keys() == found["convergence"].keys()
+
+
+def test_text_is_read_with_the_tokenizer_that_belongs_to_the_weights(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = ["to", "be", "or", "not", ",", "?"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "<unk>"])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    size = {"vocab_size": 7, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=1)).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("to be , or not to be ? " * 60)
+    command = ["probe", f"hf:{tmp_path / 'model'}", "--data", str(tmp_path / "text.txt"), "--window", "16"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert 1.5 < json.loads((tmp_path / "out" / "indices.json").read_text())["measured"]["final_loss"] < 2.5

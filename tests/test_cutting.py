@@ -118,6 +118,35 @@ def test_batch_of_one(family: str) -> None:
         assert torch.equal(cut(model, x).run().output, outcome(model, x))
 
 
+@pytest.mark.slow
+def test_the_real_vit_b_16() -> None:
+    import torchvision
+
+    model, x = torchvision.models.vit_b_16().eval(), torch.randn(1, 3, 224, 224)
+    stream = cut(model, x)
+    assert stream.lengths == (12,)
+    with torch.no_grad():
+        assert torch.equal(stream.run(keep=False).output, model(x))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "hf vit"])
+def test_models_that_return_a_tuple(family: str) -> None:
+    model, x = MODELS[family].build()
+    x = {**x, "return_dict": False}
+    with torch.no_grad():
+        assert torch.equal(cut(model.eval(), x).run().output, model(**x)[0])
+
+
+def test_models_that_take_positional_arguments_and_return_a_dict() -> None:
+    class Talks(Loop):
+        def forward(self, scale: float, x: Tensor) -> dict[str, Tensor]:
+            return {"norm": x.norm(), "logits": super().forward(scale * x)}
+
+    model, x = Talks().eval(), (2.0, torch.randn(3, 5))
+    with torch.no_grad():
+        assert torch.equal(cut(model, x).run().output, model(*x)["logits"])
+
+
 def test_the_model_notices_nothing(example: Any) -> None:
     model, x, _ = example
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
