@@ -159,7 +159,10 @@ def _proved(twin: Twin, x: Any, observed: list[Seen], output: Tensor) -> Stream:
         recording = record(twin, x, changed=True)
         stream = _stream(twin, recording, x)
         versions = {key: _versions(kept.output) for key, kept in recording.finished.items()}
-        problem = _difference(stream, observed, output)
+        try:
+            problem = _difference(stream, observed, output)
+        except Exception as error:  # of the model's own code, run where it does not expect it
+            problem = f"a part fails ({type(error).__name__}: {error})"
         changed = {key for key, kept in recording.finished.items() if _versions(kept.output) != versions[key]}
         if not changed:
             break
@@ -177,17 +180,17 @@ def _difference(stream: Stream, observed: list[Seen], output: Tensor) -> str:
     """
     calls = [call for call in observed if call.keeps]
     if [call.name for call in calls] != [block.name for section in stream.sections for block in section.blocks]:
-        return "the sequence of blocks"
+        return "the sequence of blocks differs"
     with torch.no_grad():
         if not _close(stream.readout(calls[-1].after), output):
-            return "the output"
+            return "the output differs"
         for section in reversed(stream.sections):
             for block in reversed(section.blocks):
                 call = calls.pop()
                 if not _close(block(call.before), call.after):
-                    return f'the state after block "{block.name}"'
+                    return f'the state after block "{block.name}" differs'
             if not _close(section.entry(calls[-1].after if calls else stream.input), call.before):
-                return f'the first state of section "{section.name}"'
+                return f'the first state of section "{section.name}" differs'
     return ""
 
 
@@ -201,7 +204,7 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _refuse(stream: Stream, where: str) -> None:
+def _refuse(stream: Stream, problem: str) -> None:
     hint = ""
     if len(stream.sections) > 1 and all(n == 1 for n in stream.lengths):
         hint = (
@@ -209,7 +212,7 @@ def _refuse(stream: Stream, where: str) -> None:
             "towers?"
         )
     raise ValueError(
-        f"cut: the stream is not the model: after a changed first state {where} differs. Something besides the state "
+        f"cut: the stream is not the model: after a changed first state {problem}. Something besides the state "
         f"goes from earlier blocks to later ones, or the model is random in eval mode.{hint} Blocks tried: "
         f'"{stream.sections[0].blocks[0].name}" .. "{stream.sections[-1].blocks[-1].name}"; name others with blocks=...'
     )
