@@ -33,6 +33,7 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.streams
+	$(ONE) $(BIN)/python -m benchmarks.probes
 	$(ONE) $(BIN)/python -m benchmarks.training
 
 clean:
