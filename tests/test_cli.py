@@ -299,6 +299,13 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
         "update_lipschitz",
         "margin",
     } <= quantities
+    page = (out / "report.html").read_text()
+    for title in (
+        "updates point downhill on the loss",
+        "of the answers are right; with all blocks",
+        "stretches small changes",
+    ):
+        assert title in page
     found = json.loads((out / "indices.json").read_text())
     assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
     assert found["initial_convergence"].keys() == found["convergence"].keys()

@@ -292,6 +292,9 @@ DEPTH = (
     ("agreement", "agreement", "same answer as at the end", "%", True, (-0.02, 1.04)),
     ("angle", "update_angle", "cosine with the update before", "", False, (-1.05, 1.05)),
     ("last", "distance_to_last", "distance left, as part of the way", "%", True, None),
+    ("pull", "gradient_cosine", "cosine of update and loss gradient", "", False, None),
+    ("without", "drop_accuracy", "right answers without the block", "%", False, (-0.02, 1.04)),
+    ("stretch", "update_lipschitz", "largest stretching by the update", "", False, None),
 )
 FURTHER = (
     ("perturbation", "perturbation", "Absolute perturbation: length of the update", "", False, None),

@@ -135,6 +135,35 @@ def cuts(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"Block {place(section, index, lengths)} turns the state least, by {percent(least)} of a half turn"
 
 
+def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of cosines between updates and the gradient of the loss."""
+    values = list(trained["gradient_cosine"].values())
+    down = sum(value.mean < -2 * value.stderr for value in values)
+    mean = cosine(mean_of(trained, "gradient_cosine"))
+    return f"{down} of {len(values)} updates point downhill on the loss (mean cosine {mean})"
+
+
+def without(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of accuracies without one block."""
+    (section, index, _), worst = min(trained["drop_accuracy"].items(), key=lambda item: item[1].mean)
+    intact = next(iter(trained["intact_accuracy"].values())).mean
+    name = place(section, index, lengths)
+    return (
+        f"Without block {name} alone {percent(worst.mean)} of the answers are right, with all blocks {percent(intact)}"
+    )
+
+
+def stretch(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of local Lipschitz constants."""
+    values = trained["update_lipschitz"]
+    (section, index, _), most = max(values.items(), key=lambda item: item[1].mean)
+    small = sum(value.mean < 1 for value in values.values())
+    return (
+        f"The update of block {place(section, index, lengths)} stretches small changes of the state most, "
+        f"{number(most.mean)} times; {small} of {len(values)} updates shrink all of them"
+    )
+
+
 Title = Callable[[Table, Table | None, Lengths, str], str]
 TITLES: dict[str, Title] = {
     "step": step,
@@ -145,6 +174,9 @@ TITLES: dict[str, Title] = {
     "angle": angle,
     "last": last,
     "cuts": cuts,
+    "pull": pull,
+    "without": without,
+    "stretch": stretch,
 }
 
 
@@ -187,6 +219,9 @@ COMPARED: dict[str, tuple[str, Callable[[Table, Lengths], float], Callable[[floa
     ),
     "angle": ("Mean cosine between successive updates", lambda table, _: mean_of(table, "update_angle"), cosine),
     "last": ("Blocks of the last section until half of its way is done", _half_part, percent),
+    "pull": ("Mean cosine of update and loss gradient", lambda table, _: mean_of(table, "gradient_cosine"), cosine),
+    "without": ("Right answers without one block, mean", lambda table, _: mean_of(table, "drop_accuracy"), percent),
+    "stretch": ("Mean stretching by the updates", lambda table, _: mean_of(table, "update_lipschitz"), number),
 }
 
 
