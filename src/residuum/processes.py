@@ -1,5 +1,6 @@
 """Several processes that train one network under torchrun, and signals that ask a process to stop."""
 
+import gc
 import os
 import signal
 import threading
@@ -68,6 +69,8 @@ def processes() -> Iterator[Group]:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Group(dist.get_rank(), size)
+        gc.collect()  # a wrapper that outlives the group can abort the process when it ends
+        dist.barrier()
     finally:
         if started:
             dist.destroy_process_group()

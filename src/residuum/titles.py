@@ -148,9 +148,7 @@ def without(trained: Table, initial: Table | None, lengths: Lengths, before: str
     (section, index, _), worst = min(trained["drop_accuracy"].items(), key=lambda item: item[1].mean)
     intact = next(iter(trained["intact_accuracy"].values())).mean
     name = place(section, index, lengths)
-    return (
-        f"Without block {name} alone {percent(worst.mean)} of the answers are right, with all blocks {percent(intact)}"
-    )
+    return f"Without block {name}, {percent(worst.mean)} of the answers are right; with all blocks {percent(intact)}"
 
 
 def stretch(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:

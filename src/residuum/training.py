@@ -208,6 +208,7 @@ def train(
             if keep:
                 save(checkpoint, model, job.optimiser, at, about)
                 written = perf_counter()
+        job.wrapped = model  # lets go of what belongs to the processes before they part
         model.eval()
         return list(at.history)
 
