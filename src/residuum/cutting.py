@@ -2,11 +2,13 @@
 
 The work happens on a twin: a deep copy that shares the parameters and has buffers of its own. It runs three times:
 
-1. *observe* the model on x, and choose the blocks;
-2. *record* it with a changed first state h + d: the blocks' arguments, the outputs of modules outside the blocks;
-3. *prove*: run the stream made from that recording on the true h; every state and the output must be those of 1.
+1. *observe* the model on x, keep its states, and choose the blocks;
+2. *record* it with a changed first state h + d: the blocks' arguments, the outputs of modules outside the blocks. The
+   gradient graph of what is computed between blocks shows where it comes from; side paths are refused here;
+3. *prove*: run each part of the stream made from that recording on the states of 1, from the last part to the first,
+   and compare. A value that goes another way than the state is then still that of h + d, so it is found.
 
-A value that reaches a block or the readout by another way than the state differs between 1 and 2, so 3 finds it.
+Later batches are recorded only, with the check of the gradient graph.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
