@@ -32,3 +32,11 @@ def rebuilt(model: nn.Module, path: str, order: Sequence[int]) -> nn.Module:
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = [model.config.layer_types[0]] * len(blocks)
     return model
+
+
+def without_branch(model: nn.Module, path: str) -> nn.Module:
+    """A copy of the model whose shape-changing block at `path` is its skip alone."""
+    model = copy.deepcopy(model)
+    parent, _, number = path.rpartition(".")
+    model.get_submodule(parent)[int(number)] = nn.Sequential(model.get_submodule(path).skip)
+    return model

@@ -27,7 +27,7 @@ from residuum.probes.intervene import (
 from residuum.profiles import Measure, Point, merge, profile
 from residuum.schedules import full, tree_size
 from residuum.streams import Block, Section, Stream
-from surgery import outcome, rebuilt
+from surgery import outcome, rebuilt, without_branch
 
 KINDS = (drops, drops_first, drops_last, partial(repeats, times=(2, 3)), swaps, replacements)
 
@@ -63,7 +63,7 @@ def test_interventions_equal_surgery_by_hand(kind: object, network: tuple[ResNet
     model, x, labels = network
     measures = interventions(kind)(model.cut(x), labels)
     whole = model(x)
-    cases = list(kind((3, 2)))
+    cases = [case for case in kind((3, 2)) if not case.skip]
     assert cases
     for case in cases:
         s = case.point.section
@@ -90,6 +90,8 @@ def test_interventions_equal_surgery_on_foreign_models(family: str, path: str) -
     measures = interventions(drops, swaps)(stream, None)
     for kind in (drops, swaps):
         for case in kind(stream.lengths):
+            if case.skip:
+                continue
             output = outcome(rebuilt(model, path, case.schedule[0]), x)
             column = measures[f"{case.name}_entropy"].points.index(case.point)
             entropies = [twins.mean_entropy(output[n], stream.mask, n) for n in range(2)]
@@ -187,11 +189,40 @@ def test_how_the_data_are_split_does_not_matter(network: tuple[ResNet, Tensor, T
     assert merge([whole]).measures.keys() == whole.measures.keys()
 
 
+def test_a_projection_block_keeps_its_projection() -> None:
+    config = ResNetConfig(blocks=(2, 2, 3), widths=(4, 8, 6), classes=5, transition="projection")
+    model, x, labels = ResNet(config).eval(), torch.randn(9, 3, 8, 8), torch.randint(0, 5, (9,))
+    measures = interventions(drops, partial(unrolls, times=2, scales=(0.5,)))(model.cut(x), labels)
+    assert measures["drop_entry_loss"].points == (Point(1, 0), Point(2, 0))
+    assert measures["drop_entry_loss"].at == "state"
+    assert measures["drop_loss"].points == (Point(0, 0), Point(0, 1), Point(1, 0), Point(2, 0), Point(2, 1))
+    whole = model(x)
+    for column in range(2):
+        output = without_branch(model, f"transitions.{column}")(x)
+        assert not torch.allclose(output, whole)
+        losses = nn.functional.cross_entropy(output, labels, reduction="none")
+        torch.testing.assert_close(measures["drop_entry_loss"].values[:, column], losses)
+        agrees = (output.argmax(1) == whole.argmax(1)).float()
+        assert torch.equal(measures["drop_entry_agreement"].values[:, column], agrees)
+
+
+def test_the_skip_of_a_hooked_projection_block_is_not_known() -> None:
+    model = ResNet(ResNetConfig(blocks=(1, 2), widths=(4, 8), transition="projection")).eval()
+    assert model.cut(torch.randn(2, 3, 8, 8)).sections[1].skip is model.transitions[0].skip
+    model.transitions[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert model.cut(torch.randn(2, 3, 8, 8)).sections[1].skip is None
+
+
 def test_blocks_inside_entries_are_named() -> None:
     model = ResNet(ResNetConfig(blocks=(2, 2), widths=(4, 8), transition="projection")).eval()
-    measures = interventions(drops)(model.cut(torch.randn(2, 3, 8, 8)), None)
-    assert measures["drop_agreement"].points == (Point(0, 0), Point(0, 1), Point(1, 0))
-    assert measures["drop_agreement"].note == "blocks inside entries always run: transitions.0"
+    stream = model.cut(torch.randn(2, 3, 8, 8))
+    assert interventions(drops)(stream, None)["drop_agreement"].note == "run except in drop_entry: transitions.0"
+    always = "blocks inside entries always run: "
+    assert interventions(drops_last)(stream, None)["drop_last_agreement"].note == f"{always}transitions.0"
+    foreign, x = MODELS["torchvision resnet18"].build()
+    measures = interventions(drops)(cut(foreign.eval(), x), None)
+    assert measures["drop_agreement"].note == f"{always}layer2.0, layer3.0, layer4.0"
+    assert "drop_entry_agreement" not in measures
 
 
 def test_chance_of_labels_several_labels_and_tokens() -> None:

@@ -142,7 +142,9 @@ class ResNet(nn.Module):
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}",) if s and self.config.transition == "projection" else ()
             steps = tuple(block.as_step(name) for name, block in zip(names, blocks, strict=True))
-            sections.append(Section(f"section {s + 1}", entry, steps, passed))
+            # With hooks on the block its branch is not what it adds, and its skip not what is left.
+            skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
+            sections.append(Section(f"section {s + 1}", entry, steps, passed, skip))
         return Stream(x, tuple(sections), self.readout)
 
     def enter(self, x: Float[Tensor, "example channel row column"]) -> Float[Tensor, "example width row column"]:

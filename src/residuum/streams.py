@@ -52,12 +52,15 @@ class Section:
         entry: Last state of the previous section (first section: the model's input) -> first state of this one.
         blocks: The blocks in the order in which the model runs them.
         passed: Names of shape-changing blocks that are part of the entry; they are run but not measured.
+        skip: The entry without the branch of the shape-changing block in it, where the model has it as a function of
+            its own (our projection blocks: the projection alone); else None.
     """
 
     name: str
     entry: Callable[[Any], Tensor]
     blocks: tuple[Block, ...]
     passed: tuple[str, ...] = ()
+    skip: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)

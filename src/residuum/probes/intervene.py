@@ -29,6 +29,8 @@ class Case(NamedTuple):
         schedule: The blocks that run.
         extra: How often the last block of the point's section runs once more after that.
         scale: Factor on the updates of these extra runs.
+        skip: Whether the section is entered without the branch of its shape-changing block (`Section.skip`), while
+            all blocks run. Where the section has no such way in, the case is left out.
         note: What a reader must know about the intervention.
     """
 
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     schedule: Schedule
     extra: int = 0
     scale: float = 1.0
+    skip: bool = False
     note: str = ""
 
 
@@ -46,14 +49,17 @@ Intervention = Callable[[Lengths], Iterable[Case]]
 
 
 def drops(lengths: Lengths) -> Iterator[Case]:
-    """Each block left out: "drop", per block.
+    """Each block left out: "drop", per block; of own networks also "drop_entry", per first state of a section.
 
-    Entries (down-sampling) always run, and with them blocks that change the shape; the note says which.
+    Entries (down-sampling) always run, and with them blocks that change the shape; the note says which. Only where the
+    skip of such a block is known by itself (our projection blocks) "drop_entry" leaves its branch out.
 
     Source: P1 (Jastrzebski et al. 2018), section 4.2 and figure 3: no retraining.
     """
     for s, i in _places(lengths):
         yield Case("drop", "block", Point(s, i), schedules.drop(full(lengths), s, i))
+    for s in range(len(lengths)):
+        yield Case("drop_entry", "state", Point(s, 0), full(lengths), skip=True)
 
 
 def drops_first(lengths: Lengths) -> Iterator[Case]:
@@ -184,21 +190,29 @@ def interventions(*kinds: Intervention) -> Probe:
 
     def probe(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
         cases = [case for kind in kinds for case in kind(stream.lengths)]
-        scales = sorted({case.scale for case in cases})
-        wanted = [_schedule(case, stream.lengths, scales) for case in cases]
-        read, found = _run(_with_scaled(stream, scales), stream.full, wanted, target)
+        cases = [case for case in cases if not case.skip or stream.sections[case.point.section].skip]
+        read, intact, values = _run(stream, cases, target)
         last = max(s for s, length in enumerate(stream.lengths) if length)
         end = [Point(last, stream.lengths[last])]
-        intact = found[stream.full]
         measures = {
             name if name == "chance" else f"intact_{name}": measure([intact[name]], end, "state", note=read.note(name))
             for name in intact.keys() & {"loss", "entropy", "accuracy", "chance"}
         }
-        passed = [name for section in stream.sections for name in section.passed]
-        always = f"blocks inside entries always run: {', '.join(passed)}" if passed else ""
-        return measures | _gathered(cases, [found[schedule] for schedule in wanted], read, always)
+        return measures | _gathered(cases, values, read, _about_entries(stream, cases))
 
     return probe
+
+
+def _about_entries(stream: Stream, cases: Sequence[Case]) -> str:
+    """Which blocks stand inside entries, and whether they run."""
+    skipped = {case.point.section for case in cases if case.skip}
+    always = [name for s, section in enumerate(stream.sections) if s not in skipped for name in section.passed]
+    mostly = [name for s in sorted(skipped) for name in stream.sections[s].passed]
+    return "; ".join(
+        f"{what}: {', '.join(names)}"
+        for what, names in (("blocks inside entries always run", always), ("run except in drop_entry", mostly))
+        if names
+    )
 
 
 def scaled(block: Block, scale: float) -> Block:
@@ -208,22 +222,45 @@ def scaled(block: Block, scale: float) -> Block:
 
 
 def _run(
-    stream: Stream, intact: Schedule, wanted: Sequence[Schedule], target: Tensor | None
-) -> tuple[Reader, dict[Schedule, dict[str, Tensor]]]:
-    """The values of every changed network, and of the network itself, by schedule."""
+    stream: Stream, cases: Sequence[Case], target: Tensor | None
+) -> tuple[Reader, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The reader, the values of the network itself, and those of every case."""
+    scales = sorted({case.scale for case in cases})
+    intact = _Way(stream.full)
+    wanted = [
+        intact._replace(skipped=case.point.section) if case.skip else _Way(_schedule(case, stream.lengths, scales))
+        for case in cases
+    ]
     read = None
-    answers: dict[Schedule, Tensor] = {}
-    found: dict[Schedule, dict[str, Tensor]] = {}
-    for schedule, trace in run_all(stream, [intact, *wanted]):
-        read = read or Reader.of(trace.output, target, stream.mask)
-        answers[schedule], found[schedule] = read(trace.output)
-        if schedule == intact:
-            found[schedule]["chance"] = read.chance(trace.output)
-    for schedule, values in found.items():
-        values["agreement"] = read.same(answers[schedule], answers[intact])
+    answers: dict[_Way, Tensor] = {}
+    found: dict[_Way, dict[str, Tensor]] = {}
+    for way, output in _outputs(stream, scales, [intact, *wanted]):
+        read = read or Reader.of(output, target, stream.mask)
+        answers[way], found[way] = read(output)
+        if way == intact:
+            found[way]["chance"] = read.chance(output)
+    for way, values in found.items():
+        values["agreement"] = read.same(answers[way], answers[intact])
         if "accuracy" in values:
             values["flip"] = values["accuracy"] - found[intact]["accuracy"]
-    return read, found
+    return read, found[intact], [found[way] for way in wanted]
+
+
+class _Way(NamedTuple):
+    """A way through the network: a schedule, and the section that is entered by its skip."""
+
+    schedule: Schedule
+    skipped: int | None = None
+
+
+def _outputs(stream: Stream, scales: Sequence[float], ways: Sequence[_Way]) -> Iterator[tuple[_Way, Tensor]]:
+    """The output of each way. What is entered by a skip goes on from the states of the network itself."""
+    skipped = {way.skipped for way in ways if way.skipped is not None}
+    for schedule, trace in run_all(_with_scaled(stream, scales), [way.schedule for way in ways]):
+        yield _Way(schedule), trace.output
+        for s in skipped if schedule == stream.full else ():
+            before = trace.states[s - 1][-1] if s else stream.input
+            yield _Way(schedule, s), stream.finish(stream.sections[s].skip(before), (s, -1))
 
 
 def _gathered(
