@@ -1,5 +1,7 @@
 """Borderline examples: margins and groups by their definition, unrolled steps equal steps by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,38 @@ def test_margins_of_several_labels_change_sign_where_the_exact_match_does() -> N
     assert 0 < right.mean() < 1
     none = margins(answering(logits[:1]), torch.zeros(1, 5, dtype=torch.uint8))["margin"].values
     assert none.isnan().all()
+
+
+def test_margins_of_tokens_are_means_over_those_that_count() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6))
+    labels[0, :2], labels[3] = -100, -100
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    stream = replace(answering(logits), mask=mask)
+    found = margins(stream, labels)["margin"]
+    for n in range(4):
+        counted = [t for t in range(6) if mask[n, t] and labels[n, t] >= 0]
+        single = [
+            margins(answering(logits[n, t : t + 1]), labels[n, t : t + 1])["margin"].values[0, 0] for t in counted
+        ]
+        expected = float(torch.stack(single).mean()) if counted else float("nan")
+        assert found.values[n, 0] == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert found.note == "mean over the counted tokens of an example"
+
+
+def test_an_empty_group_has_undefined_means_and_intervals(whole: Profile) -> None:
+    margin = whole.measures["margin"]
+    away = replace(whole, measures=whole.measures | {"margin": replace(margin, values=torch.ones_like(margin.values))})
+    empty = groups(away)["borderline"]
+    assert len(empty.examples) == 0
+    low, high = empty.interval("loss")
+    assert low.shape == high.shape == empty.mean("loss").shape == (7,)
+    assert low.isnan().all()
+    assert high.isnan().all()
+    assert empty.mean("loss").isnan().all()
+    assert empty.stderr("loss").isnan().all()
+    assert empty.count("loss").tolist() == [0] * 7
 
 
 def test_groups_hold_the_examples_of_their_definition(whole: Profile) -> None:
@@ -116,10 +150,9 @@ def test_whose_update_it_is_stays_true_for_blocks_without_a_branch() -> None:
 
 def test_bad_requests_are_refused(whole: Profile) -> None:
     logits = torch.randn(3, 4)
-    for stream, target in ((answering(logits), None), (answering(torch.randn(2, 3, 4)), torch.zeros(2, 3).long())):
-        with pytest.raises(ValueError, match="margins: need one label or 0/1 labels per example"):
-            margins(stream, target)
-    with pytest.raises(ValueError, match=r"margins: labels must be in 0\.\.3"):
+    with pytest.raises(ValueError, match="margins: need labels, because they are of the right answer"):
+        margins(answering(logits), None)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.3"):
         margins(answering(logits), torch.tensor([0, 1, 9]))
     with pytest.raises(ValueError, match='no "margin"'):
         groups(Profile(whole.examples, {}, whole.sections, whole.lengths, {}))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import oracles
 from residuum.models import ResNet, ResNetConfig
-from residuum.probes import misfit, pairs, passive, perturbation, readouts, state_norm, update_angle
+from residuum.probes import first_not_finite, misfit, pairs, passive, perturbation, readouts, state_norm, update_angle
 from residuum.profiles import Measure, Point
 from residuum.streams import Block, Section, Step, Stream
 
@@ -132,6 +132,35 @@ def test_examples_without_a_token_are_undefined() -> None:
     for name in measures.keys() - {"perturbation", "state_norm"}:
         undefined = measures[name].values.isnan().all(1)
         assert undefined.tolist() == [False, True, False, False], name
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_states_that_are_not_finite_are_undefined_and_their_first_block_is_found(wrong: float) -> None:
+    def breaks(h: Tensor) -> Tensor:
+        return torch.where(torch.tensor([0, 1, 0, 1]).bool()[:, None], wrong, 0.1) * torch.ones_like(h)
+
+    def late(h: Tensor) -> Tensor:
+        return torch.where(torch.tensor([0, 1, 1, 0]).bool()[:, None], wrong, 0.1) * torch.ones_like(h)
+
+    start = torch.ones(4, 3)
+    start[3, 1] = wrong
+    stream = from_blocks(start, torch.ones_like, breaks, late)
+    for name, measure in (everything(stream, None) | pairs(stream, None)).items():
+        assert not measure.values.isinf().any(), name
+    found = everything(stream, None)["perturbation"].values.isnan()
+    assert found.tolist() == [[0, 0, 0], [0, 1, 1], [0, 0, 1], [0, 1, 0]]
+    found = everything(stream, None)["state_norm"].values.isnan()
+    assert found.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
+    places = {"the entry of only": 1, "block 1 (only)": 1, "block 2 (only)": 1}
+    assert first_not_finite([stream]) == places
+    assert list(first_not_finite([stream, stream]).items()) == [(place, 2 * n) for place, n in places.items()]
+    assert first_not_finite([toy(torch.randn(2, 6))]) == {}
+
+
+def test_masked_tokens_may_be_anything() -> None:
+    h = torch.where(padded()[..., None], torch.randn(4, 5, 6), torch.inf)
+    assert first_not_finite([toy(h, mask=padded())]) == {}
+    assert first_not_finite([toy(h)]) == {"the entry of only": int((~padded()).any(1).sum())}
 
 
 def test_zero_denominators_are_nan_without_a_warning() -> None:

@@ -11,9 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from residuum.models import ResNet, ResNetConfig
-from residuum.probes import pairs, passive, perturbation, readouts, state_norm, update_angle
-from residuum.profiles import Measure, Point, Profile, load, measure, merge, profile
-from residuum.streams import Stream
+from residuum.probes import (
+    drops,
+    gradients,
+    interventions,
+    margins,
+    pairs,
+    passive,
+    perturbation,
+    readouts,
+    repeats,
+    state_norm,
+    update_angle,
+)
+from residuum.probes.intervene import Case
+from residuum.profiles import Measure, Point, Probe, Profile, load, measure, merge, profile
+from residuum.streams import Block, Section, Stream
 
 PROBES = [passive(perturbation, state_norm, update_angle), pairs, readouts]
 EXAMPLES = 9
@@ -164,8 +177,6 @@ def test_means_errors_and_counts_leave_nan_out() -> None:
 def test_mean_of_ratios_not_ratio_of_means() -> None:
     class Two(nn.Module):
         def cut(self, x: Tensor) -> Stream:
-            from residuum.streams import Block, Section
-
             grow = Block("grow", lambda h: h + 1, lambda h: torch.ones_like(h))
             return Stream(x, (Section("only", lambda h: h, (grow,)),), lambda h: h)
 
@@ -267,6 +278,93 @@ def test_targets_that_do_not_belong_to_the_batch_are_refused(model: nn.Module, d
 def test_two_probes_of_one_quantity_are_refused(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="two probes give the quantity 'distance_to_last'"):
         profile(model, [data], [pairs, pairs])
+
+
+def test_probes_fail_alone_and_take_their_earlier_batches_with_them(
+    model: nn.Module, data: tuple[Tensor, Tensor], whole: Profile
+) -> None:
+    ran, lost = [], []
+
+    def second(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
+        ran.append(len(stream.input))
+        if len(ran) == 2:
+            raise RuntimeError("the second batch is too much")
+        return {"second": measure([torch.zeros(len(stream.input))], [Point(0, 0)], "state", note="a remark")}
+
+    def failed(probe: Probe, error: Exception) -> None:
+        lost.append((probe, str(error)))
+
+    same(
+        profile(model, batches(data, [3, 3, 3]), [PROBES[0], second, *PROBES[1:]], failed=failed), whole, exactly=False
+    )
+    assert lost == [(second, "the second batch is too much")]
+    assert ran == [3, 3]
+    ran.clear()
+    with pytest.raises(RuntimeError, match="the second batch is too much"):
+        profile(model, batches(data, [3, 3, 3]), [second])
+
+
+def test_missing_targets_and_missing_blocks_cost_only_what_needs_them(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    def elsewhere(lengths: tuple[int, ...]) -> list[Case]:
+        return [next(drops(lengths))._replace(schedule=((0, 2), (0,)))]
+
+    lost: dict[Probe, str] = {}
+    wrong = interventions(elsewhere)
+    slopes = gradients()
+    found = profile(
+        model,
+        [(data[0], None)],
+        [slopes, margins, wrong, pairs, readouts],
+        failed=lambda probe, error: lost.update({probe: str(error)}),
+    )
+    assert {"distance_to_last", "entropy"} <= found.measures.keys()
+    assert lost == {
+        slopes: "gradients: need labels, because they are of the loss; the target is None",
+        margins: "margins: need labels, because they are of the right answer; the target is None",
+        wrong: 'schedule names block 2 of section "section 1", which has blocks 0..1',
+    }
+    lost.clear()
+    found = profile(
+        model,
+        [(data[0], torch.full((EXAMPLES,), 7))],
+        [slopes, readouts, pairs],
+        failed=lambda probe, error: lost.update({probe: str(error)}),
+    )
+    assert found.measures.keys() == {"distance_to_last", "cosine_to_last", "block_influence", "angular_distance"}
+    assert all(text.startswith("labels must be in 0..2, they are in 7..7") for text in lost.values())
+    assert lost.keys() == {slopes, readouts}
+
+
+def test_if_all_probes_fail_nothing_is_measured(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"every probe failed: gradients: need labels, .*; margins: need labels"):
+        profile(model, [(data[0], None)], [gradients(), margins], failed=lambda probe, error: None)
+
+
+def test_a_readout_that_fails_on_early_states_says_where(data: tuple[Tensor, Tensor]) -> None:
+    class Late(nn.Module):
+        def cut(self, x: Tensor) -> Stream:
+            def readout(h: Tensor) -> Tensor:
+                if (h == 0).all():
+                    raise KeyError("nothing is there yet")
+                return h
+
+            one = Block("one", lambda h: h + 1, torch.ones_like)
+            return Stream(x, (Section("only", lambda h: 0 * h, (one, one)),), readout)
+
+    lost: list[str] = []
+    found = profile(
+        Late().eval(),
+        [(torch.randn(2, 3), None)],
+        [readouts, pairs, interventions(repeats)],
+        failed=lambda probe, error: lost.append(str(error)),
+    )
+    assert lost == [
+        "readouts: the network cannot answer from state 0 of only: KeyError: 'nothing is there yet'; "
+        "leave the probe out, or name later blocks (blocks=...)"
+    ]
+    assert {"distance_to_last", "repeat_2_agreement"} <= found.measures.keys()
 
 
 def test_a_probe_must_give_one_row_per_example(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Probing: a loaded network on a data set, measured as given and at initialisation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -8,15 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from residuum.cutting import cut
+from residuum.cutting import cut, cut_all
 from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, batches, text_batches
 from residuum.loading import LoadedModel
-from residuum.names import unknown
-from residuum.nulls import NoNullModel, calibrate_, null_is_reset, null_model
+from residuum.names import one_line, unknown
+from residuum.nulls import calibrate_, null_is_reset, null_model
 from residuum.probes import (
     drops,
     drops_first,
     drops_last,
+    first_not_finite,
     gradients,
     interventions,
     lipschitz,
@@ -106,12 +107,14 @@ class Findings:
     notes: tuple[str, ...]
 
 
-def choose(names: Sequence[str], *, labelled: bool = True) -> list[Probe]:
+def choose(names: Sequence[str]) -> dict[str, Probe]:
     """Probes by their names; the passive ones share one walk, the interventions one prefix tree.
 
     Args:
         names: Of `NAMES`; "all" stands for them all.
-        labelled: Whether there are labels; without them the probes that need some are left out.
+
+    Returns:
+        The probes, by the name or names that they stand for.
 
     Raises:
         ValueError: If a name is unknown (the nearest are offered), given twice, or none is given.
@@ -124,14 +127,13 @@ def choose(names: Sequence[str], *, labelled: bool = True) -> list[Probe]:
             raise ValueError(f"probe {name!r} is given twice")
     if not names:
         raise ValueError(f"no probes given; known: {', '.join(NAMES)}")
-    walked = [PASSIVE[name] for name in names if name in PASSIVE]
-    changed = [CHANGES[name] for name in names if name in CHANGES]
-    single = OTHERS | (LABELLED if labelled else {})
-    return [
-        *([passive(*walked)] if walked else []),
-        *(single[name] for name in names if name in single),
-        *([interventions(*changed)] if changed else []),
-    ]
+    walked = [name for name in names if name in PASSIVE]
+    changed = [name for name in names if name in CHANGES]
+    return (
+        ({", ".join(walked): passive(*map(PASSIVE.get, walked))} if walked else {})
+        | {name: (OTHERS | LABELLED)[name] for name in names if name in OTHERS | LABELLED}
+        | ({", ".join(changed): interventions(*map(CHANGES.get, changed))} if changed else {})
+    )
 
 
 def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Preparation:
@@ -183,28 +185,30 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
     model = loaded.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
     stream, output = _try(loaded, give(data.test.take(2, seed=0), batch=2), config)
     labelled, about_labels = _labels(loaded, data.test, output)
-    probes = choose(config.probes, labelled=labelled)
-    if readouts in probes and output.ndim > 3:
-        probes.remove(readouts)
-        about_labels = f"outputs of shape {list(output.shape)} are no classes: readouts are skipped"
+    probes = choose(config.probes)
+    if not labelled and probes.keys() <= LABELLED.keys():
+        raise ValueError(f"nothing to measure: {', '.join(probes)} need labels; {about_labels}")
 
     def calibration() -> Iterator[tuple[Tensor, Tensor]]:
         chosen = _for_calibration(data.train, config.seed)
         return _shown(give(chosen, batch=CALIBRATION_BATCH), bar, "batch-norm statistics", len(chosen))
 
-    def measure(network: nn.Module, title: str) -> Profile:
+    def shown(title: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         given = _shown(give(data.test, batch=config.batch), bar, title, len(data.test))
-        return profile(network, ((x, y if labelled else None) for x, y in given), probes, blocks=config.blocks or None)
+        return ((x, y if labelled else None) for x, y in given)
 
     if loaded.fresh:
         calibrate_(model, calibration())
-    found = measure(model, "measuring")
-    initial, reason = None, "this is the network at initialisation" if loaded.fresh else "it was not asked for"
+    found, lost, about_found = _measure(model, partial(shown, "measuring"), probes, config)
+    initial, about_initial = None, []
+    reason = "this is the network at initialisation" if loaded.fresh else "it was not asked for"
     if config.initial and not loaded.fresh:
         try:
             null = null_model(model, calibration(), seed=config.seed)
-            initial, reason = measure(null, "measuring at initialisation"), ""
-        except NoNullModel as error:
+            kept = {name: probe for name, probe in probes.items() if name not in lost}
+            initial, _, about_initial = _measure(null, partial(shown, "measuring at initialisation"), kept, config)
+            reason = ""
+        except ValueError as error:  # there is none, or it cannot be measured: what was found is kept
             reason = str(error)
     about_null = ""
     if initial is not None and null_is_reset(model):
@@ -212,8 +216,31 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
             "at initialisation: weights drawn by torch's default for each layer (reset_parameters), which can differ "
             "from what the network's authors start from"
         )
-    notes = tuple(filter(None, (about_input, about_labels, _about_outputs(found), about_null)))
+    about = (about_input, about_labels, *about_found, _about_outputs(found), _about_entries(found), about_null)
+    notes = (*filter(None, about), *(f"at initialisation: {line}" for line in about_initial))
     return Findings(found, initial, reason, _describe(model, stream), notes)
+
+
+def _measure(
+    network: nn.Module,
+    given: Callable[[], Iterator[tuple[Any, Tensor | None]]],
+    probes: dict[str, Probe],
+    config: ProbeConfig,
+) -> tuple[Profile, set[str], list[str]]:
+    """The profile, the names of the probes that failed, and lines about why, and about states that are not finite."""
+    names = {probe: name for name, probe in probes.items()}
+    lost, blocks = {}, config.blocks or None
+
+    def failed(probe: Probe, error: Exception) -> None:
+        name, kind = names[probe], "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        lost[name] = f"{name} not measured: {kind}{one_line(error).removeprefix(f'{name}: ')}"
+
+    found = profile(network, given(), list(names), blocks=blocks, failed=failed)
+    lines = list(lost.values())
+    if lost or any(not m.values.isfinite().all() for m in found.measures.values()):
+        places = first_not_finite(cut_all(network, (x for x, _ in given()), blocks))
+        lines += _about_states(places, len(found.examples))
+    return found, set(lost), lines
 
 
 def _check_kind(loaded: LoadedModel, data: ImageSet | TextSet) -> None:
@@ -304,6 +331,21 @@ def _about_outputs(found: Profile) -> str:
         return ""
     bad = int((~found.measures["entropy"].values[:, -1].isfinite()).sum())
     return f"the outputs of {bad} of {len(found.examples)} examples are not finite; they count as wrong" if bad else ""
+
+
+def _about_entries(found: Profile) -> str:
+    """Which blocks dropping does not leave out; "" if none, or if blocks were not dropped."""
+    remark = found.about.get("drop_agreement", "")
+    return f"dropping blocks: {remark}" if remark else ""
+
+
+def _about_states(places: dict[str, int], examples: int) -> list[str]:
+    """Where states stopped being finite, as one line; none if they are."""
+    if not places:
+        return []
+    first, *more = [f"{place} ({count})" for place, count in places.items()]
+    others = f" and at {len(more)} later places" if more else ""
+    return [f"states of {sum(places.values())} of {examples} examples are not finite, first after {first}{others}"]
 
 
 def _channels(model: nn.Module) -> int | None:

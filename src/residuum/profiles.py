@@ -1,7 +1,7 @@
 """Measuring: values per example at the points of a stream, merged over batches; their means, errors and files."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from residuum.cutting import cut_all
 from residuum.files import read_tensors, write_tensors
+from residuum.names import one_line
 from residuum.streams import Stream
 
 if TYPE_CHECKING:
@@ -122,12 +123,14 @@ class Profile:
             seed: Seed of the draws.
 
         Returns:
-            Lower and upper end.
+            Lower and upper end; nan where no example has a value.
         """
         if not 0 < level < 1 or draws < 1:
             raise ValueError(f"interval: level must be between 0 and 1 and draws at least 1; given {level} and {draws}")
         values = self._measure(name).values.double()
         known, filled, n = (~values.isnan()).double(), values.nan_to_num(0.0), len(values)
+        if not n:
+            return self.mean(name), self.mean(name)
         generator = torch.Generator().manual_seed(seed)
         means = []
         for _ in range(draws):
@@ -226,6 +229,7 @@ def profile(
     *,
     blocks: Sequence[str] | None = None,
     first_example: int = 0,
+    failed: Callable[[Probe, Exception], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Profile:
     """Measure a model on a data set.
@@ -239,6 +243,8 @@ def profile(
         probes: Functions of (stream, target); `probes.passive(...)` makes one of many passive probes.
         blocks: Names of the blocks where `cut` finds the wrong ones.
         first_example: Number of the first example, to measure a data set in parts and merge them.
+        failed: Called with a probe that raises, and its error. That probe is left out, with all that it gave for
+            earlier batches, and the others go on. None: the error is raised.
         progress: Called after every batch with the number of examples measured so far.
 
     Returns:
@@ -246,32 +252,52 @@ def profile(
 
     Raises:
         ValueError: If there are no batches, a batch is empty or its target has another length, no probes are given,
-            or two of them give the same quantity; and whatever `cut` refuses.
+            two of them give the same quantity, or all have failed; and whatever `cut` refuses.
     """
     if not probes:
         raise ValueError("profile: no probes given, so there is nothing to measure")
     parts: list[Profile] = []
-    done = 0
+    done, running, errors = 0, list(probes), []
+
+    def lose(probe: Probe, error: Exception) -> None:
+        if failed is None:
+            raise error
+        failed(probe, error)
+        running.remove(probe)
+        errors.append(one_line(error))  # its text only: an error holds on to the states that it saw
+        if not running:
+            raise ValueError(f"profile: every probe failed: {'; '.join(dict.fromkeys(errors))}") from error
+
     for_cut, for_probes = tee(_checked(batches))
     with torch.no_grad():
         streams = cut_all(model, (x for x, _, _ in for_cut), blocks)
         for stream, (_, target, count) in zip(streams, for_probes, strict=True):
             examples = torch.arange(first_example + done, first_example + done + count)
-            parts.append(_measure_batch(stream, target, probes, examples))
+            parts.append(_measure_batch(stream, target, tuple(running), examples, lose))
             done += count
             if progress is not None:
                 progress(done)
     if not parts:
         raise ValueError("profile: no batches given, so there is nothing to measure")
-    return merge(parts)
+    return merge([_only(part, parts[-1].measures) for part in parts] if errors else parts)
 
 
-def _measure_batch(stream: Stream, target: Tensor | None, probes: Sequence[Probe], examples: Tensor) -> Profile:
+def _measure_batch(
+    stream: Stream,
+    target: Tensor | None,
+    probes: Sequence[Probe],
+    examples: Tensor,
+    lose: Callable[[Probe, Exception], None],
+) -> Profile:
     if not sum(stream.lengths):
         raise ValueError(f"profile: the network has no blocks to measure; its sections have {stream.lengths} blocks")
     measures: dict[str, Measure] = {}
     for probe in probes:
-        new = probe(stream, target)
+        try:
+            new = probe(stream, target)
+        except Exception as error:  # of the probe, or whatever a network of the user says to a changed state
+            lose(probe, error)
+            continue
         for name, given in new.items():
             if name in measures:
                 raise ValueError(f"profile: two probes give the quantity {name!r}; leave one of them out")
@@ -280,8 +306,17 @@ def _measure_batch(stream: Stream, target: Tensor | None, probes: Sequence[Probe
                     f"profile: {name!r} has values for {len(given.values)} examples, the batch has {len(examples)}"
                 )
         measures |= new
-    about = {name: given.note for name, given in measures.items() if given.note}
-    return Profile(examples, measures, tuple(s.name for s in stream.sections), stream.lengths, about)
+    return Profile(examples, measures, tuple(s.name for s in stream.sections), stream.lengths, _remarks(measures))
+
+
+def _only(profile: Profile, names: Iterable[str]) -> Profile:
+    """Some quantities of a profile."""
+    measures = {name: profile.measures[name] for name in names}
+    return replace(profile, measures=measures, about=_remarks(measures))
+
+
+def _remarks(measures: Mapping[str, Measure]) -> dict[str, str]:
+    return {name: given.note for name, given in measures.items() if given.note}
 
 
 def _checked(batches: Iterable[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor | None, int]]:

@@ -140,7 +140,7 @@ class Stream:
             ValueError: If the schedule names a block that the stream does not have, or scales do not match it.
         """
         schedule = self.full if schedule is None else schedule
-        self._check(schedule)
+        self.check(schedule)
         scales = tuple((1.0,) * len(row) for row in schedule) if scales is None else scales
         if tuple(map(len, scales)) != tuple(map(len, schedule)):
             raise ValueError(
@@ -202,7 +202,12 @@ class Stream:
             h = later.entry(h)
         return self.readout(h)
 
-    def _check(self, schedule: Schedule) -> None:
+    def check(self, schedule: Schedule) -> None:
+        """Refuse a schedule with other sections or blocks than the stream has.
+
+        Raises:
+            ValueError: With the first section or block that does not exist.
+        """
         if len(schedule) != len(self.sections):
             raise ValueError(f"schedule has {len(schedule)} sections, the stream has {len(self.sections)}")
         for section, row in zip(self.sections, schedule, strict=True):
@@ -232,7 +237,7 @@ def run_all(stream: Stream, schedules: Iterable[Schedule]) -> Iterator[tuple[Sch
     """
     paths = {schedule: path_of(schedule) for schedule in (tuple(map(tuple, given)) for given in schedules)}
     for schedule in paths:
-        stream._check(schedule)
+        stream.check(schedule)
     evaluations = 0
     stack: list[tuple[list[Schedule], int, tuple[Any, ...]]] = [(list(paths), 0, (stream.input,))]
     while stack:

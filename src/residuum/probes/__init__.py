@@ -20,7 +20,7 @@ from residuum.probes.intervene import (
     unrolls,
 )
 from residuum.probes.pair import pairs
-from residuum.probes.passive import PassiveProbe, passive, perturbation, state_norm, update_angle
+from residuum.probes.passive import PassiveProbe, first_not_finite, passive, perturbation, state_norm, update_angle
 from residuum.probes.readout import misfit, readouts
 from residuum.probes.spectral import lipschitz, settling
 
@@ -32,6 +32,7 @@ __all__ = [
     "drops",
     "drops_first",
     "drops_last",
+    "first_not_finite",
     "gradients",
     "groups",
     "interventions",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from residuum.probes.intervene import scaled
-from residuum.probes.readout import misfit
+from residuum.probes.passive import wide
+from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, Profile, measure
 from residuum.streams import Stream
 
@@ -16,35 +17,44 @@ def margins(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
 
     In [-1, 1]; positive: right. With several labels per example: the least probable right label against the most
     probable wrong one, by sigmoids, because the m most probable are the answer (m labels: undefined if there are no
-    labels, or no others).
+    labels, or no others). With one label per token: the mean over the tokens of an example that count, so positive
+    says that the right tokens outweigh the wrong ones.
 
     Args:
         stream: The stream of one batch.
-        target: The labels, of examples; tokens have no margin of their own.
+        target: The labels, as `readouts` takes them.
 
     Returns:
         "margin" at the last state.
 
     Raises:
-        ValueError: If there are no labels, they are of tokens, or they do not fit.
+        ValueError: If there are no labels, or they do not fit.
 
-    Source: P1 (Jastrzebski et al. 2018), section 4.3 and figure 6, our reading; several labels: ours.
+    Source: P1 (Jastrzebski et al. 2018), section 4.3 and figure 6, our reading; several labels, tokens: ours.
     """
-    output = stream.run(keep=False).output.float()
-    if target is None or output.ndim != 2:
-        raise ValueError("margins: need one label or 0/1 labels per example, and outputs [example, class]")
-    reason = misfit(output, target.to(output.device))
-    if reason:
-        raise ValueError(f"margins: {reason}")
-    if target.dtype == torch.int64:
-        chances, right = output.softmax(1), torch.nn.functional.one_hot(target, output.shape[1]).bool()
-    else:
-        chances, right = output.sigmoid(), target.bool()
-    right = right.to(output.device)
-    margin = chances.masked_fill(~right, torch.inf).amin(1) - chances.masked_fill(right, -torch.inf).amax(1)
+    if target is None:
+        raise ValueError("margins: need labels, because they are of the right answer; the target is None")
+    output = stream.run(keep=False).output
+    read = Reader.of(output, target, stream.mask)
+    output = output.to(wide(output.dtype))
+    right, wrong = _several(output, read.target) if read.several else _single(output, read.target)
+    margin = right - wrong
+    margin = read.per_example(margin.masked_fill(margin.isinf(), torch.nan))
     last = max(s for s, length in enumerate(stream.lengths) if length)
-    margin = margin.masked_fill(margin.isinf(), torch.nan)
-    return {"margin": measure([margin], [Point(last, stream.lengths[last])], "state")}
+    note = "mean over the counted tokens of an example" if read.counted is not None else ""
+    return {"margin": measure([margin], [Point(last, stream.lengths[last])], "state", note=note)}
+
+
+def _single(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of the label, and of the most probable other class; ignored tokens get some numbers."""
+    chances, label = output.softmax(-1), target.clamp(min=0)[..., None]
+    return chances.gather(-1, label)[..., 0], chances.scatter(-1, label, -torch.inf).amax(-1)
+
+
+def _several(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of the least probable right label, and of the most probable wrong one."""
+    chances, right = output.sigmoid(), target.bool()
+    return chances.masked_fill(~right, torch.inf).amin(1), chances.masked_fill(right, -torch.inf).amax(1)
 
 
 def groups(profile: Profile, *, width: float = 0.1, margin_kind: str = "full") -> dict[str, Profile]:
@@ -60,7 +70,7 @@ def groups(profile: Profile, *, width: float = 0.1, margin_kind: str = "full") -
             class to another changes the margin by 2 d.
 
     Returns:
-        The profiles of the groups. "correct" are right at the end of the network (margin > 0).
+        The profiles of the groups. "correct" are right at the end of the network (margin > 0; of tokens: on balance).
 
     Raises:
         ValueError: If the profile has no margin, the width is not positive, or the kind is something else.

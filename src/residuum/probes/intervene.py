@@ -226,6 +226,8 @@ def _run(
 ) -> tuple[Reader, dict[str, Tensor], list[dict[str, Tensor]]]:
     """The reader, the values of the network itself, and those of every case."""
     scales = sorted({case.scale for case in cases})
+    for case in cases:
+        stream.check(case.schedule)  # here, where the scaled blocks are not yet among the blocks
     intact = _Way(stream.full)
     wanted = [
         intact._replace(skipped=case.point.section) if case.skip else _Way(_schedule(case, stream.lengths, scales))

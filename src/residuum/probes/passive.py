@@ -1,6 +1,7 @@
 """Passive probes: what each block does to the state, read off while one forward passes by."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -124,6 +125,35 @@ def update_angle(step: Step, previous: Step | None) -> dict[str, Float[Tensor, "
     return {"update_angle": cosine.clamp(-1, 1)}
 
 
+def first_not_finite(streams: Iterable[Stream]) -> dict[str, int]:
+    """Where states stop being finite: for each place the number of examples whose first such state is made there.
+
+    A state is finite if all entries of the example are (unmasked tokens only); nan and infinity spread, so only the
+    first place of each example tells what went wrong.
+
+    Args:
+        streams: Streams of the batches, as `cut_all` gives them. Each is walked once.
+
+    Returns:
+        Counts by place, such as "block layer1.0" or "the entry of section 2", in the order of the network; places that
+        made none are left out.
+
+    Source: ours; a check, no measure.
+    """
+    counts: Counter[str] = Counter()
+    with torch.no_grad():
+        for stream in streams:
+            seen = None
+            for step in stream.walk():
+                section = stream.sections[step.section]
+                made = [(f"block {section.blocks[step.index].name} ({section.name})", step.after)]
+                for place, h in [(f"the entry of {section.name}", step.before)] * (step.index == 0) + made:
+                    broken = ~unmasked(h, step.mask).isfinite().all(tuple(range(1, h.ndim)))
+                    counts[place] += int((broken if seen is None else broken & ~seen).sum())
+                    seen = broken if seen is None else broken | seen
+    return {place: count for place, count in counts.items() if count}
+
+
 def norm(
     h: Float[Tensor, " example *state"], mask: Bool[Tensor, "example token"] | None = None
 ) -> Float[Tensor, " example"]:
@@ -177,8 +207,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _norm_of(step: Step, which: str) -> Float[Tensor, " example"]:
-    """Norm of a step's `before` or `update`, computed once however many probes ask."""
+    """Norm of a step's `before` or `update`, computed once however many probes ask; nan where it is not finite."""
     memo, key = vars(step), f"_{which}_norm"  # as functools.cached_property keeps its values
     if key not in memo:
-        memo[key] = norm(getattr(step, which), step.mask)
+        length = norm(getattr(step, which), step.mask)
+        memo[key] = length.masked_fill(~length.isfinite(), torch.nan)
     return memo[key]

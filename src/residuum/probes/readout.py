@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from residuum.names import one_line
 from residuum.probes.passive import ratio, token_mask, wide
 from residuum.profiles import Measure, Point, measure
 from residuum.streams import Stream
@@ -47,7 +48,7 @@ def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
         target: The labels, or None.
 
     Raises:
-        ValueError: If the labels do not fit the outputs (see `misfit`).
+        ValueError: If the labels do not fit the outputs (see `misfit`), or the readout fails on a state.
 
     Source: P1 (Jastrzebski et al. 2018), figure 5, intermediate accuracy, there in the last section only. Several
     labels: exact match, as usual for the Digitclutter images of P0 (Lippl et al. 2024). Logit lens: nostalgebraist
@@ -102,12 +103,23 @@ def _exits(stream: Stream) -> Iterator[tuple[list[Point], Tensor]]:
     for step in stream.walk():
         s, i = step.section, step.index
         if i == 0:
-            yield [*shared, Point(s, 0)], stream.exit(step.before, s)
+            yield [*shared, Point(s, 0)], _exit(stream, step.before, s, 0)
             shared = []
         if s < last and i + 1 == stream.lengths[s]:
             shared = [Point(s, i + 1)]  # the entry that `exit` would run is run by the walk
         else:
-            yield [Point(s, i + 1)], stream.exit(step.after, s)
+            yield [Point(s, i + 1)], _exit(stream, step.after, s, i + 1)
+
+
+def _exit(stream: Stream, h: Tensor, section: int, state: int) -> Tensor:
+    """The output at a state, or an error that says at which."""
+    try:
+        return stream.exit(h, section)
+    except Exception as error:  # whatever a network of the user says to a state that it never saw there
+        raise ValueError(
+            f"readouts: the network cannot answer from state {state} of {stream.sections[section].name}: "
+            f"{type(error).__name__}: {one_line(error)}; leave the probe out, or name later blocks (blocks=...)"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ class Reader:
         target = None if target is None else target.to(output.device)
         reason = misfit(output, target)
         if reason:
-            raise ValueError(f"readouts: {reason}; give None as target to measure without labels")
+            raise ValueError(f"{reason}; give None as target to measure without labels")
         counted = None
         if output.ndim == 3:
             mask = token_mask(output, mask)
@@ -143,7 +155,7 @@ class Reader:
         output = output.to(wide(output.dtype))
         values = self._several(output) if self.several else self._single(output)
         answer = values.pop("answer")
-        return answer, {name: self._per_example(value) for name, value in values.items()}
+        return answer, {name: self.per_example(value) for name, value in values.items()}
 
     def _single(self, output: Tensor) -> dict[str, Tensor]:
         logs, broken = output.log_softmax(-1), _broken(output)
@@ -164,7 +176,8 @@ class Reader:
         accuracy = (answer == ones).all(1) & ~broken
         return {"answer": answer, "entropy": entropy, "loss": loss.masked_fill(broken, torch.inf), "accuracy": accuracy}
 
-    def _per_example(self, value: Shaped[Tensor, "example ..."]) -> Float[Tensor, " example"]:
+    def per_example(self, value: Shaped[Tensor, "example ..."]) -> Float[Tensor, " example"]:
+        """Values as floats; those of tokens as means over the tokens that count."""
         value = value if value.is_floating_point() else value.float()
         if self.counted is None:
             return value
@@ -179,7 +192,7 @@ class Reader:
 
     def same(self, a: Tensor, b: Tensor) -> Float[Tensor, " example"]:
         """1 where two answers are the same, else 0; a mean over the tokens that count."""
-        return self._per_example((a == b).all(1) if self.several else a == b)
+        return self.per_example((a == b).all(1) if self.several else a == b)
 
     def note(self, name: str) -> str:
         """Which loss or entropy it is."""

@@ -243,6 +243,7 @@ def _verdict(most: Tensor, growth: Tensor, straightness: Tensor, margin: float) 
 
 
 def _empty(h: Tensor, mask: Tensor | None) -> Bool[Tensor, " example"]:
-    """Where an example has no counted token."""
-    mask = token_mask(h, mask)
-    return torch.zeros(len(h), dtype=torch.bool) if mask is None else ~mask.any(1).cpu()
+    """Where an example has no counted token, or a state that is not finite."""
+    tokens = token_mask(h, mask)
+    broken = ~unmasked(h, mask).isfinite().all(tuple(range(1, h.ndim))).cpu()
+    return broken if tokens is None else broken | ~tokens.any(1).cpu()
