@@ -1,5 +1,6 @@
 """Bad input at the command line: one clear line, exit code 2, no traceback, and nothing of the user's lost."""
 
+import json
 import os
 import re
 import resource
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -325,3 +327,54 @@ def test_outputs_that_are_not_numbers_are_never_right(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert "accuracy 0.0%" in said.out
     assert "the outputs of 20 of 20 examples are not finite; they count as wrong" in said.err
+
+
+def test_one_bad_block_costs_what_it_spoils_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "net.py").write_text(
+        "from residuum import ResNet, ResNetConfig\n"
+        "def bad():\n"
+        "    config = ResNetConfig(blocks=(2, 2), widths=(4, 4), channels=1, transition='projection')\n"
+        "    model = ResNet(config)\n"
+        "    model.sections[0][1].conv2.weight.data.fill_(float('nan'))\n"
+        "    return model\n"
+    )
+    out = tmp_path / "out"
+    command = ["probe", f"{tmp_path / 'net.py'}:bad", "--data", "digits", "--limit", "20", "--out", str(out)]
+    assert main([*command, "--probes", "state_norm", "drops"]) == 0
+    notes = json.loads((out / "provenance.json").read_text())["notes"]
+    assert (
+        "the states of 20 of 20 examples are not finite, first after block sections.0.1 (section 1) in 20 of them"
+        in notes
+    )
+    assert "dropping blocks: run except in drop_entry: transitions.0" in notes
+    found = pd.read_parquet(out / "profile.parquet")
+    assert found[found.quantity == "state_norm"]["count"].tolist() == [20, 20, 0]
+    assert not any("at initialisation" in note for note in notes)
+    assert notes[0] in capsys.readouterr().err.replace("\n", "")
+
+
+def test_probes_that_need_labels_are_left_out_by_name(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from residuum import ResNet, ResNetConfig\n"
+        "def three():\n"
+        "    return ResNet(ResNetConfig(blocks=(2,), widths=(4,), channels=1, classes=3))\n"
+    )
+    command = [
+        "probe",
+        f"{tmp_path / 'net.py'}:three",
+        "--data",
+        "digits",
+        "--limit",
+        "9",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*command, "--probes", "pairs", "gradients", "margins"]) == 0
+    notes = json.loads((tmp_path / "out" / "provenance.json").read_text())["notes"]
+    assert "3" in notes[0]
+    assert "measures with labels are skipped" in notes[0]
+    assert notes[1] == "gradients not measured: need labels, because they are of the loss; the target is None"
+    assert notes[2] == "margins not measured: need labels, because they are of the right answer; the target is None"
+    said = refused(*command[:-1], str(tmp_path / "other"), "--probes", "gradients", "margins")
+    assert "nothing to measure: gradients, margins need labels; " in said
+    assert "digits 10 classes" in said

@@ -343,9 +343,12 @@ def _about_states(places: dict[str, int], examples: int) -> list[str]:
     """Where states stopped being finite, as one line; none if they are."""
     if not places:
         return []
-    first, *more = [f"{place} ({count})" for place, count in places.items()]
-    others = f" and at {len(more)} later places" if more else ""
-    return [f"states of {sum(places.values())} of {examples} examples are not finite, first after {first}{others}"]
+    (place, count), *others = places.items()
+    more = f" and at {len(others)} later places in others" if others else ""
+    return [
+        f"the states of {sum(places.values())} of {examples} examples are not finite, "
+        f"first after {place} in {count} of them{more}"
+    ]
 
 
 def _channels(model: nn.Module) -> int | None:
