@@ -47,7 +47,8 @@ def write_findings(folder: Path, findings: Findings) -> None:
     - "measured", "initial", "shuffled": `indices`;
     - "convergence", "initial_convergence", "shuffled_convergence": `convergence_indices` by accuracy, and `companions`;
     - the same three with "_by_agreement": `convergence_indices` by agreement with the network's own answers. They are
-      defined also where accuracy is that of guessing, as on test images for the last two networks.
+      defined also where accuracy is that of guessing, as on test images for the last two networks; there read what
+      `convergence_indices` says of networks with one answer for all.
     """
     networks = {"": findings.profile, "initial": findings.initial, "shuffled": findings.shuffled}
     content = {"initial_reason": findings.initial_reason, "advice": depth_advice(findings.profile)}
