@@ -24,7 +24,7 @@ ROWS = [
     ["cutting", "data", "charts", "checkpoints"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
-    ["indices", "convergence", "loading"],
+    ["indices", "convergence", "loading", "curves"],
     ["probing", "report"],
     ["results", "flags"],
     ["commands"],
@@ -156,7 +156,7 @@ COMMON = {"device", "dtype", "batch", "limit", "seed"}
 OPTIONS = {
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
-    | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "force"}
+    | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "shuffle_labels", "watch", "force"}
     | COMMON,
     "probe": {
         "model",
@@ -171,7 +171,7 @@ OPTIONS = {
         "normalise",
         "window",
     }
-    | {"initial", "force"}
+    | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
     "data list": {"data_root"},

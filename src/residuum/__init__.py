@@ -22,6 +22,7 @@ _HOMES = {
     "ResNet": "models",
     "ResNetConfig": "models",
     "load_model": "loading",
+    "watch": "curves",
     "calibrate_": "nulls",
     "null_model": "nulls",
 }

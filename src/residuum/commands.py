@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from residuum import flags as options
 from residuum import report as report_page
+from residuum.curves import watch
 from residuum.data import Splits, TextSplits, catalogue, load_splits, load_text
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
-from residuum.loading import LoadedModel, load_model
+from residuum.loading import LoadedModel, load_model, trained_on
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
@@ -24,7 +27,7 @@ from residuum.processes import rank
 from residuum.progress import bar
 from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
-from residuum.training import TrainConfig
+from residuum.training import Row, TrainConfig
 from residuum.training import train as train_network
 from residuum.zoos import Reads
 
@@ -62,6 +65,8 @@ def train(flags: options.Train, command: str) -> None:
     """
     start, common = perf_counter(), flags.common
     device, data = find_device(common.device), _images(flags.data, flags.data_root, common)
+    if flags.shuffle_labels:
+        data = data._replace(train=data.train.shuffled(seed=common.seed))
     channels, classes = data.train.images.shape[1], len(data.train.classes)
     network = ResNetConfig(flags.blocks, flags.widths, channels, classes, flags.transition, flags.head)
     config = TrainConfig(
@@ -82,8 +87,12 @@ def train(flags: options.Train, command: str) -> None:
         model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
         train_network(model, data, config, checkpoint=_checkpoint(flags.out))
         return
+    watched = None
+    if flags.watch:
+        watched = watch(data.test, limit=flags.watch, preparation=data.train.preparation, seed=common.seed)
     with new_folder(flags.out, replace=flags.force) as folder:
-        loaded = _trained(folder, network, data, config, device, common, checkpoint=_checkpoint(flags.out))
+        kept = _checkpoint(flags.out)
+        loaded = _trained(folder, network, data, config, device, common, checkpoint=kept, after_epoch=watched)
         seconds = perf_counter() - start
         title = f"{flags.out.name}, trained"
         write_provenance(
@@ -92,6 +101,8 @@ def train(flags: options.Train, command: str) -> None:
     _checkpoint(flags.out).unlink(missing_ok=True)
     last = loaded.training["history"][-1]
     screen.print(f"test accuracy {last['test_accuracy']:.1%}, loss {last['test_loss']:.3f}, {seconds:.0f} s")
+    if flags.shuffle_labels:
+        screen.print("labels of the training images were shuffled, those of the test images are true")
     screen.print(f"network: {flags.out.resolve()}")
 
 
@@ -124,8 +135,9 @@ def probe(flags: options.Probe, command: str) -> None:
     )
     with new_folder(flags.out, replace=flags.force) as folder:
         loaded = _loaded(flags, None if text else len(measured.classes))
+        shuffled = load_model(str(flags.shuffled)) if flags.shuffled else None
         splits = data._replace(test=measured)
-        findings = probe_network(loaded, splits, settings, bar=bar)
+        findings = probe_network(loaded, splits, settings, shuffled=shuffled, bar=bar)
         title = f"{loaded.name} on {measured.name}"
         _write(folder, loaded, splits, findings, title=title, seed=common.seed, command=command, start=start)
     _say(flags.out, loaded, findings)
@@ -217,6 +229,7 @@ def _trained(
     device: str,
     common: options.Common,
     checkpoint: Path | None = None,
+    after_epoch: Callable[[nn.Module], Row] | None = None,
 ) -> LoadedModel:
     """A network trained and written to a folder."""
     model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
@@ -224,7 +237,7 @@ def _trained(
         notices.print(f"note: going on from {checkpoint}", markup=False)
     try:
         with bar("training", config.epochs * len(data.train)) as show:
-            history = train_network(model, data, config, progress=show, checkpoint=checkpoint)
+            history = train_network(model, data, config, after_epoch=after_epoch, progress=show, checkpoint=checkpoint)
     except KeyboardInterrupt:
         if checkpoint and checkpoint.exists():
             raise KeyboardInterrupt(f"the same command goes on from {checkpoint}") from None
@@ -232,7 +245,7 @@ def _trained(
     training = write_run(folder, model, data, config, history)
     preparation = data.train.preparation
     reads = Reads(preparation.size, preparation.mean, preparation.std)
-    return LoadedModel(model, "residual network", "trained by residuum", reads, data.train.classes, training)
+    return LoadedModel(model, "residual network", trained_on(training), reads, data.train.classes, training)
 
 
 def _loaded(flags: options.Probe, classes: int | None) -> LoadedModel:

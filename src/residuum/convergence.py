@@ -39,7 +39,9 @@ def convergence_indices(
     Args:
         profile: A profile of `interventions(drops_last, drops_first, replacements, shuffles, unrolls)`, or some.
         by: "accuracy": errors are wrong labels; several labels count as right only if all are. "agreement": errors
-            are answers other than the network's own, which needs no labels; then e(0) = 0.
+            are answers other than the network's own, which needs no labels; then e(0) = 0. A network that gives nearly
+            all examples the same answer, as untrained ones do, agrees with itself whatever its blocks do: it looks
+            convergent and recurrent by agreement. Look at "agreement" of `readouts` at the first state.
         level: Part of the draws that intervals hold.
         draws: Draws of the bootstrap over examples; the same draws are used for all indices and networks, so their
             differences are paired.

@@ -71,6 +71,8 @@ class Train:
         accumulate: Parts in which the images of a step are run, for less memory.
         precision: Number format of the forward pass.
         augment: crop_flip pads by 4 pixels, crops and mirrors at random.
+        shuffle_labels: Permute the labels of the training images among them, for `probe --shuffled`.
+        watch: Test images whose answers after each block are written to the history after every epoch.
         force: Replace an existing result folder once the new one is complete.
         common: Options of every command that runs a network.
     """
@@ -92,6 +94,8 @@ class Train:
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     augment: Literal["none", "crop_flip"] = "none"
+    shuffle_labels: bool = False
+    watch: int = 0
     force: bool = False
     common: Shared = field(default_factory=Common)
 
@@ -115,6 +119,8 @@ class Probe:
         normalise: Whose mean and deviation standardise the images; a network without its own takes the data's.
         window: Tokens of a text that are one example.
         initial: Measure the network at initialisation, too.
+        shuffled: RUN_FOLDER of the same network trained on the same data with --shuffle-labels, to measure, too. Train
+            it until its training loss is far below that of guessing, or it has learned nothing that could be compared.
         force: Replace an existing result folder once the new one is complete.
         common: Options of every command that runs a network.
     """
@@ -131,6 +137,7 @@ class Probe:
     normalise: Literal["model", "data", "imagenet"] = "model"
     window: int = 128
     initial: bool = True
+    shuffled: Path | None = None
     force: bool = False
     common: Shared = field(default_factory=Common)
 

@@ -172,7 +172,7 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = ResNetConfig(**{key: _tupled(value) for key, value in content["network"].items()})
         preparation = Preparation(**{key: _tupled(value) for key, value in content["preparation"].items()})
-        classes = tuple(map(str, content["classes"]))
+        classes, origin = tuple(map(str, content["classes"])), trained_on(content.get("training"))
         model = ResNet(config, seed=seed)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not of a run: {type(error).__name__}: {error}") from error
@@ -185,7 +185,13 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
     load_weights_(model, file)
     own = weights == "pretrained"
     training = content.get("training") if own else None
-    return LoadedModel(model, name, "trained by residuum" if own else weights, reads, classes, training)
+    return LoadedModel(model, name, origin if own else weights, reads, classes, training)
+
+
+def trained_on(training: dict[str, Any] | None) -> str:
+    """Where the weights of a network of our own come from, in words, by how it was trained."""
+    labelling = (training or {}).get("labels", "true")
+    return "trained by residuum" + (f" on labels that were {labelling}" if labelling != "true" else "")
 
 
 def _tupled(value: Any) -> Any:

@@ -96,6 +96,7 @@ class Findings:
         profile: The network as given.
         initial: The same network at initialisation; None if there is none.
         initial_reason: Why there is none.
+        shuffled: The same network trained on shuffled labels; None if none was given.
         network: Class, sections and blocks, as JSON values.
         notes: What a reader must know.
     """
@@ -103,6 +104,7 @@ class Findings:
     profile: Profile
     initial: Profile | None
     initial_reason: str
+    shuffled: Profile | None
     network: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -160,7 +162,14 @@ def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Pre
     return Preparation(own.white, mean, std, size)
 
 
-def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *, bar: Bar = quiet) -> Findings:
+def probe(
+    loaded: LoadedModel,
+    data: Splits | TextSplits,
+    config: ProbeConfig,
+    *,
+    shuffled: LoadedModel | None = None,
+    bar: Bar = quiet,
+) -> Findings:
     """Measure a network as given and at initialisation.
 
     The network itself is moved to the device and number format and its parameters stop asking for gradients. Batch norm
@@ -170,11 +179,15 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
         loaded: The network.
         data: Training examples for batch norm at initialisation; test examples, which are measured.
         config: The settings.
+        shuffled: The same network trained on shuffled labels (see `subsets.shuffled_labels`), which is measured on the
+            same examples with their true labels.
         bar: Opens a progress bar.
 
     Raises:
-        ValueError: If the network does not read such examples, or cannot be cut; the message says why.
+        ValueError: If the network does not read such examples, or cannot be cut, or `shuffled` is no such network; the
+            message says why.
     """
+    about_shuffled = _about_shuffled(loaded, shuffled)
     _check_kind(loaded, data.test)
     if isinstance(data.test, TextSet):
         give, about_input = partial(text_batches, device=config.device), ""
@@ -216,9 +229,16 @@ def probe(loaded: LoadedModel, data: Splits | TextSplits, config: ProbeConfig, *
             "at initialisation: weights drawn by torch's default for each layer (reset_parameters), which can differ "
             "from what the network's authors start from"
         )
+    memorised, about_memorised = None, []
+    if shuffled is not None:
+        other = shuffled.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
+        kept = {name: probe for name, probe in probes.items() if name not in lost}
+        memorised, _, about_memorised = _measure(other, partial(shown, "measuring after shuffled labels"), kept, config)
     about = (about_input, about_labels, *about_found, _about_outputs(found), _about_entries(found), about_null)
-    notes = (*filter(None, about), *(f"at initialisation: {line}" for line in about_initial))
-    return Findings(found, initial, reason, _describe(model, stream), notes)
+    others = [f"at initialisation: {line}" for line in about_initial]
+    others += [f"after shuffled labels: {line}" for line in about_memorised]
+    notes = (*filter(None, (*about, about_shuffled)), *others)
+    return Findings(found, initial, reason, memorised, _describe(model, stream), notes)
 
 
 def _measure(
@@ -254,6 +274,38 @@ def _check_kind(loaded: LoadedModel, data: ImageSet | TextSet) -> None:
         known = loaded.model.get_input_embeddings().num_embeddings
         if data.classes > known:
             raise ValueError(f"{data.name} has {data.classes} different tokens, {loaded.name} knows {known}")
+
+
+def _about_shuffled(loaded: LoadedModel, shuffled: LoadedModel | None) -> str:
+    """How the two were trained, where it differs; "" without the second. Refuses what cannot be compared."""
+    if shuffled is None:
+        return ""
+    ours, theirs = loaded.training, shuffled.training
+    if theirs is None or theirs.get("labels", "true") == "true":
+        raise ValueError(
+            f"{shuffled.name} was not trained on shuffled labels; give a folder of `residuum train --shuffle-labels`"
+        )
+    if ours is None:
+        raise ValueError(
+            f"{loaded.name} was not trained by residuum, so no network trained on shuffled labels is comparable; "
+            "leave out --shuffled"
+        )
+    must_agree = {
+        "networks": (loaded.model.config, shuffled.model.config),
+        "data": tuple(f"{training.get('data')} {training.get('data_sha256')}" for training in (ours, theirs)),
+    }
+    for what, (own, other) in must_agree.items():
+        if own != other:
+            raise ValueError(
+                f"{loaded.name} and {shuffled.name} are of different {what} ({own} and {other}); "
+                "train the latter with the same options, and --shuffle-labels"
+            )
+    names = [name for name in ours if name not in ("history", "labels") and ours[name] != theirs.get(name)]
+    differing = ", ".join(f"{name} {theirs.get(name)} there, {ours[name]} here" for name in names)
+    losses = [f"{training['history'][-1]['train_loss']:.3f}" for training in (theirs, ours)]
+    return f"training loss at the end: {losses[0]} with shuffled labels, {losses[1]} with true ones" + (
+        f"; the former was trained otherwise: {differing}" if names else ""
+    )
 
 
 def _for_calibration(data: ImageSet | TextSet, seed: int) -> ImageSet | TextSet:

@@ -26,25 +26,39 @@ def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, hi
     Returns:
         Settings, data and history of the training, as JSON values.
     """
-    about = {"data": data.train.name, "data_sha256": data.train.sha256, "images": len(data.train), "history": history}
+    about = {
+        "data": data.train.name,
+        "data_sha256": data.train.sha256,
+        "images": len(data.train),
+        "labels": data.train.labelling,
+        "history": history,
+    }
     training = config.describe() | about
     save_run(folder, model, preparation=data.train.preparation, classes=data.train.classes, training=training)
     return training
 
 
 def write_findings(folder: Path, findings: Findings) -> None:
-    """Write profile.parquet and profile.safetensors, the same for "initial", and indices.json."""
-    write_profile(folder, "profile", findings.profile)
-    if findings.initial is not None:
-        write_profile(folder, "initial", findings.initial)
-    content = {
-        "measured": indices(findings.profile),
-        "initial": None if findings.initial is None else indices(findings.initial),
-        "initial_reason": findings.initial_reason,
-        "advice": depth_advice(findings.profile),
-        "convergence": _convergence(findings.profile),
-        "initial_convergence": None if findings.initial is None else _convergence(findings.initial),
-    }
+    """Write profile.parquet and profile.safetensors, the same for "initial" and "shuffled", and indices.json.
+
+    indices.json holds, for the network as given, at initialisation and trained on shuffled labels (None where that was
+    not measured):
+
+    - "measured", "initial", "shuffled": `indices`;
+    - "convergence", "initial_convergence", "shuffled_convergence": `convergence_indices` by accuracy, and `companions`;
+    - the same three with "_by_agreement": `convergence_indices` by agreement with the network's own answers. They are
+      defined also where accuracy is that of guessing, as on test images for the last two networks; there read what
+      `convergence_indices` says of networks with one answer for all.
+    """
+    networks = {"": findings.profile, "initial": findings.initial, "shuffled": findings.shuffled}
+    content = {"initial_reason": findings.initial_reason, "advice": depth_advice(findings.profile)}
+    for name, found in networks.items():
+        prefix = name and f"{name}_"
+        content[name or "measured"] = found and indices(found)
+        content[f"{prefix}convergence"] = found and _convergence(found)
+        content[f"{prefix}convergence_by_agreement"] = found and _by_agreement(found)
+        if found:
+            write_profile(folder, name or "profile", found)
     write_json(folder / "indices.json", content)
 
 
@@ -52,6 +66,11 @@ def _convergence(profile: Profile) -> dict[str, Any]:
     """The indices of iterative convergence and their companions, as far as they were measured."""
     intact = "intact_accuracy" in profile.measures
     return (convergence_indices(profile) if intact else {}) | companions(profile)
+
+
+def _by_agreement(profile: Profile) -> dict[str, Any]:
+    """The indices of iterative convergence that need no labels, as far as they were measured."""
+    return convergence_indices(profile, by="agreement") if "chance" in profile.measures else {}
 
 
 def write_profile(folder: Path, name: str, profile: Profile) -> None:

@@ -185,9 +185,8 @@ def train(
     """
     with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
         job = Job(model, data, config, loss, group, after_backward, progress)
-        about = (
-            config.describe() | {"data": data.train.sha256, "images": len(data.train)} | here(group.size, job.device)
-        )
+        given = {"data": data.train.sha256, "images": len(data.train), "labels": data.train.labelling}
+        about = config.describe() | given | here(group.size, job.device)
         at = Progress()
         if checkpoint is not None and checkpoint.exists():
             at = resume_(checkpoint, model, job.optimiser, about)

@@ -2,7 +2,7 @@
 
 from residuum.data.augmentation import TrainingImages
 from residuum.data.images import ImageSet, Preparation, Splits, batches, load, load_splits
-from residuum.data.subsets import balanced_subset
+from residuum.data.subsets import balanced_subset, shuffled_labels
 from residuum.data.text import TextSet, TextSplits, load_text, text_batches
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "load",
     "load_splits",
     "load_text",
+    "shuffled_labels",
     "text_batches",
 ]

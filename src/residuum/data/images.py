@@ -14,7 +14,7 @@ from torch import Tensor
 from residuum.data import fetching
 from residuum.data.archives import ARCHIVES, Source, source_named
 from residuum.data.npz import Content, read_npz
-from residuum.data.subsets import balanced_subset, random_subset
+from residuum.data.subsets import balanced_subset, random_subset, shuffled_labels
 from residuum.names import unknown
 
 NAMES = ("digits", *(source.name for source in ARCHIVES))
@@ -71,6 +71,7 @@ class ImageSet:
         classes: Names of the classes.
         preparation: Standardisation of each channel with the statistics of all training images.
         sha256: Checksum of the data set (of the file, or of the decoded pixels and labels).
+        labelling: "true", or what was done to the labels: "shuffled, seed 0".
     """
 
     name: str
@@ -80,6 +81,7 @@ class ImageSet:
     classes: tuple[str, ...]
     preparation: Preparation
     sha256: str
+    labelling: str = "true"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,6 +101,10 @@ class ImageSet:
             ValueError: If `count` is below 1 or above the number of examples.
         """
         return self if count is None else self._chosen(balanced_subset(self.labels, count, seed=seed))
+
+    def shuffled(self, *, seed: int) -> "ImageSet":
+        """The same images with their labels permuted among them. See `subsets.shuffled_labels`."""
+        return replace(self, labels=shuffled_labels(self.labels, seed=seed), labelling=f"shuffled, seed {seed}")
 
     def _chosen(self, positions: Tensor) -> "ImageSet":
         return replace(self, images=self.images[positions], labels=self.labels[positions])

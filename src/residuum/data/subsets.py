@@ -1,4 +1,4 @@
-"""Subsets of a data set, each contained in every larger one of the same kind and seed."""
+"""Draws from a data set: subsets, each contained in every larger one of the same kind and seed; shuffled labels."""
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -51,6 +51,25 @@ def random_subset(total: int, count: int, *, seed: int) -> Int64[Tensor, " chose
     if count < 1:
         raise ValueError(f"limit is {count}; at least 1 example is needed")
     return _shuffled(total, seed)[:count].sort().values
+
+
+def shuffled_labels(
+    labels: Int64[Tensor, " example"] | UInt8[Tensor, "example class"], *, seed: int
+) -> Int64[Tensor, " example"] | UInt8[Tensor, "example class"]:
+    """The same labels in another order: every class has as many examples as before, but which ones is chance.
+
+    By that chance some examples keep their label, about one of every `classes` where classes are equally frequent.
+    What a network trained on them has in common with one trained on the labels as they were comes from architecture
+    and optimisation, not from anything that labels say about images.
+
+    Args:
+        labels: Class numbers, or one row of 0 and 1 per example, which stays together.
+        seed: Seed of the permutation.
+
+    Source: Zhang et al. 2017, "Understanding deep learning requires rethinking generalization", section 2.1; as a
+    comparison beside the indices of P0 (Lippl et al. 2024): ours.
+    """
+    return labels[_shuffled(len(labels), seed)]
 
 
 def _shuffled(total: int, seed: int) -> Tensor:
