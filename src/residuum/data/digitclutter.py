@@ -154,7 +154,7 @@ def digitclutter(
         count: Number of images.
         split: "train" or "test".
         handwriting: Grey images of ten classes, white on black, such as MNIST's, to take digits from; None is print.
-        workers: Processes that make images.
+        workers: Processes that make images; several are started afresh, so a script needs its `__main__` guard.
         show: Called with the number of images that are done.
 
     Raises:
@@ -251,7 +251,7 @@ def fragments(
 
 
 def _jobs(
-    config: ClutterConfig, count: int, split: str, by_digit: list[UInt8[np.ndarray, "image row column"]] | None
+    config: ClutterConfig, count: int, split: str, by_digit: list[UInt8[np.ndarray, "_ row column"]] | None
 ) -> Iterator[_Job]:
     """The images in parts."""
     templates = None
@@ -267,7 +267,7 @@ def _jobs(
         yield _Job(draws, config.grey == "overflow", hands, templates)
 
 
-def _by_digit(handwriting: ImageSet) -> list[UInt8[np.ndarray, "image row column"]]:
+def _by_digit(handwriting: ImageSet) -> list[UInt8[np.ndarray, "_ row column"]]:
     """The images of each class."""
     images, labels, name = handwriting.images, handwriting.labels, f"{handwriting.name}, {handwriting.split} split"
     if len(handwriting.classes) != 10 or labels.ndim != 1 or images.shape[1] != 1:

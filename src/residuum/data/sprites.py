@@ -1,6 +1,7 @@
 """Digits as ink on a grey page of 512x512 pixels: drawn once, laid over each other, averaged down to 32x32."""
 
 from functools import cache, reduce
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,8 @@ def _font() -> Any:
     from PIL import ImageFont
 
     try:
-        return ImageFont.truetype(_font_file(), FONT_SIZE)
+        content = BytesIO(_font_file().read_bytes())  # for a path PIL would look for a font of that name elsewhere
+        return ImageFont.truetype(content, FONT_SIZE)
     except OSError as error:
         raise OSError(
             f"{_font_file()}, which comes with matplotlib, cannot be read ({one_line(error)}); install matplotlib anew"
@@ -205,6 +207,6 @@ def _span(covered: Bool[np.ndarray, " place"]) -> slice:
     return slice(first, max(last, first + LARGEST))
 
 
-def overflowed(image: Grey) -> Grey:
+def overflowed(image: UInt8[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     """The grey that the reference makes: the mean of three equal channels whose sum is kept in 8 bits."""
     return image * np.uint8(3) // np.uint8(3)
