@@ -21,6 +21,7 @@ from residuum.data.sprites import (
     Page,
     Sprite,
     Template,
+    _widened,
     coverage,
     handwritten,
     overflowed,
@@ -220,6 +221,23 @@ def test_handwriting_is_black_with_a_white_outline_at_the_place_of_print() -> No
     middle = [sprite.place[axis] + (part.min() + part.max()) / 2 for axis, part in enumerate((rows, columns))]
     place = printed()[1].place[0] + printed()[1].keep.shape[0] / 2
     assert np.abs(np.array(middle) - (place, 0)).max() <= 2
+
+
+def test_the_outline_of_handwriting_is_the_brightest_of_21_by_21_pixels(hands: Splits) -> None:
+    image = hands.train.images[0, 0].numpy() * 15
+    padded = np.pad(image, 10)
+    slow = [[padded[r : r + 21, c : c + 21].max() for c in range(8)] for r in range(8)]
+    assert np.array_equal(_widened(image, 10), slow)
+    narrow = [[np.pad(image, 1)[r : r + 3, c : c + 3].max() for c in range(8)] for r in range(8)]
+    assert np.array_equal(_widened(image, 1), narrow)
+
+
+def test_the_place_of_handwriting_in_its_image_is_kept() -> None:
+    image = np.zeros((28, 28), np.uint8)
+    image[10:20, 9:19] = 200
+    middle, moved = handwritten(image), handwritten(np.roll(image, (-3, 5), (0, 1)))
+    assert np.array_equal(moved.keep, middle.keep)
+    assert (moved.place[0] - middle.place[0], moved.place[1] - middle.place[1]) == (-3 * 14, 5 * 14)
 
 
 def test_narrow_handwriting_gives_templates_that_debris_fits_in() -> None:

@@ -1,6 +1,6 @@
 """Digits as ink on a grey page of 512x512 pixels: drawn once, laid over each other, averaged down to 32x32."""
 
-from functools import cache, reduce
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,12 +154,20 @@ def handwritten(image: Grey) -> Sprite:
     from PIL import Image
 
     scale = _PEN * 28 / max(image.shape)
-    size = [round(side * scale) for side in image.shape]
-    large = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    box = tuple(_trimmed(image.any(axis)) for axis in (1, 0))
+    size = [round((part.stop - part.start) * scale) for part in box]
+    large = Image.fromarray(image[box]).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     face = np.pad(np.asarray(large.point(lambda grey: (grey - 127.5) * scale + 127.5)), OUTLINE)
-    outline = _widened(_widened(face, OUTLINE).T, OUTLINE).T
+    outline = _widened(face, OUTLINE)
     middle = BASELINE - 140  # of a printed digit, 280 pixels high
-    return sprite(outline, face, place=(middle - face.shape[0] // 2, -(face.shape[1] // 2)))
+    top, left = (round((part.start - side / 2) * scale) for part, side in zip(box, image.shape, strict=True))
+    return sprite(outline, face, place=(middle + top - OUTLINE, left - OUTLINE))
+
+
+def _trimmed(ink: Bool[np.ndarray, " place"]) -> slice:
+    """From the first to the last with ink, and two more on each side, as far as the bicubic curve reaches."""
+    places = np.flatnonzero(ink)
+    return slice(max(0, int(places[0]) - 2), min(len(ink), int(places[-1]) + 3)) if len(places) else slice(0, len(ink))
 
 
 def _font_file() -> Path:
@@ -182,9 +190,15 @@ def _font() -> Any:
 
 
 def _widened(image: Grey, radius: int) -> Grey:
-    """Every pixel becomes the brightest within a radius above and below."""
-    tall = np.pad(image, ((radius, radius), (0, 0)))
-    return reduce(np.maximum, (tall[k : k + len(image)] for k in range(2 * radius + 1)))
+    """Every pixel becomes the brightest of the square around it, found in ever wider steps: 2, 4, 8, .. pixels."""
+    wide, side = np.pad(image, radius), 2 * radius + 1
+    for _ in range(2):  # along columns, then rows
+        wide, reached = wide.T, 1
+        while reached < side:
+            step = min(reached, side - reached)
+            wide = np.maximum(wide[:-step], wide[step:])
+            reached += step
+    return wide
 
 
 def template(digit: Sprite) -> Template:
