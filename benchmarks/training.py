@@ -5,6 +5,7 @@ the images; the plain loop finds its batches ready.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from torch import nn
 from benchmarks.streams import Plain
 from benchmarks.timing import Side, Work, heading, ratio, row
 from residuum.checkpoints import Progress
-from residuum.data import ImageSet, Preparation, Splits, TrainingImages
+from residuum.data import ClutterConfig, ImageSet, Preparation, Splits, TrainingImages, digitclutter
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.training import Job, TrainConfig, label_loss
@@ -93,6 +94,13 @@ def data_share() -> None:
         print(f"data, {name}: {1e6 * per_batch / BATCH:.1f} us per image, {100 * per_batch / per_step:.2f} % of a step")
 
 
+def clutter_rate() -> None:
+    """Images of Digitclutter per second of processor time, the median of 9 times 500."""
+    for config in (ClutterConfig(4), ClutterConfig(4, "heavy"), ClutterConfig(5, "heavy")):
+        seconds = statistics.median(_seconds(partial(digitclutter, config, 500)) for _ in range(9))
+        print(f"Digitclutter, {config.digits} digits, {config.debris} debris: {500 / seconds:,.0f} images per second")
+
+
 def _seconds(work: Callable[[], object]) -> float:
     work()
     start = time.process_time()
@@ -115,6 +123,7 @@ def main() -> None:
         print(row(name, *ratio(side, theirs, pairs=pairs), limit), flush=True)
     torch.set_num_threads(1)
     data_share()
+    clutter_rate()
 
 
 if __name__ == "__main__":

@@ -176,6 +176,8 @@ OPTIONS = {
     "report": {"folders", "out", "force"},
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
+    "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
+    | {"force"},
 }
 
 
@@ -196,5 +198,6 @@ def test_the_command_line_is_frozen() -> None:
         "report": flags.Report,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
+        "data digitclutter": flags.DataDigitclutter,
     }
     assert {name: options(command) for name, command in commands.items()} == OPTIONS

@@ -1,5 +1,6 @@
 """Training: it learns, repeats itself exactly, calls its functions, and stops when it diverges."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from residuum.data import Splits, load_splits
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.rates import Cosine, Steps, rate
-from residuum.training import TrainConfig, correct, evaluate, label_loss, train
+from residuum.training import TrainConfig, correct, evaluate, found_classes, label_loss, train
 from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(1, 1), widths=(4, 8), channels=1)
@@ -134,6 +135,20 @@ def test_correct_is_the_largest_output_or_the_m_largest() -> None:
     assert correct(output, torch.tensor([0, 2])).tolist() == [True, False]
     several = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.uint8)
     assert correct(output, several).tolist() == [True, False]
+    assert found_classes(output, several).tolist() == [1, 0.5]
+    assert found_classes(output, torch.zeros_like(several)).tolist() == [0, 0]
+
+
+def test_with_several_labels_evaluation_says_the_share_of_classes_found(digits: Splits) -> None:
+    labels = torch.zeros(len(digits.test), 10, dtype=torch.uint8)
+    labels[torch.arange(len(labels)), digits.test.labels] = 1
+    labels[torch.arange(len(labels)), (digits.test.labels + 3) % 10] = 1
+    model, data = ResNet(NETWORK).eval(), replace(digits.test, labels=labels)
+    two = model(data.preparation(data.images)).topk(2, dim=1).indices
+    found = evaluate(model, data)
+    assert found["digits"] == pytest.approx(labels.gather(1, two).float().mean().item())
+    assert found["accuracy"] == pytest.approx((labels.gather(1, two).sum(1) == 2).float().mean().item())
+    assert "digits" not in evaluate(model, digits.test)
 
 
 def test_parts_of_a_step_add_up_to_the_step(digits: Splits) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from residuum import flags as options
 from residuum import report as report_page
 from residuum.curves import watch
-from residuum.data import Splits, TextSplits, catalogue, load_splits, load_text
+from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
 from residuum.loading import LoadedModel, load_model, trained_on
@@ -100,7 +100,8 @@ def train(flags: options.Train, command: str) -> None:
         )
     _checkpoint(flags.out).unlink(missing_ok=True)
     last = loaded.training["history"][-1]
-    screen.print(f"test accuracy {last['test_accuracy']:.1%}, loss {last['test_loss']:.3f}, {seconds:.0f} s")
+    found = f" (of the classes {last['test_digits']:.1%})" if "test_digits" in last else ""
+    screen.print(f"test accuracy {last['test_accuracy']:.1%}{found}, loss {last['test_loss']:.3f}, {seconds:.0f} s")
     if flags.shuffle_labels:
         screen.print("labels of the training images were shuffled, those of the test images are true")
     screen.print(f"network: {flags.out.resolve()}")
@@ -157,16 +158,36 @@ def report(flags: options.Report, command: str) -> None:
 
 
 def data(flags: options.DataCommand, command: str) -> None:
-    """List or fetch data sets.
+    """List, fetch or make data sets.
 
     Args:
         flags: The command's options.
         command: Not used.
     """
-    if isinstance(flags.what, options.DataFetch):
+    if isinstance(flags.what, options.DataDigitclutter):
+        _digitclutter(flags.what)
+    elif isinstance(flags.what, options.DataFetch):
         screen.print(f"{flags.what.name}: {catalogue.fetch(flags.what.name, flags.what.data_root)}", markup=False)
     else:
         screen.print(catalogue.listing(flags.what.data_root), markup=False)
+
+
+def _digitclutter(flags: options.DataDigitclutter) -> None:
+    """Make the images and say where they are."""
+    config = ClutterConfig(flags.digits, flags.debris, flags.grey, flags.seed)
+    if flags.data_root is not None and flags.handwriting is None:
+        raise ValueError(f"a data root ({flags.data_root}) is for --handwriting, which was not given")
+    write_digitclutter(
+        flags.out,
+        config,
+        train=flags.n,
+        test=flags.test,
+        handwriting=load_splits(flags.handwriting, flags.data_root) if flags.handwriting else None,
+        workers=flags.workers,
+        replace=flags.force,
+        bar=bar,
+    )
+    screen.print(f"images: {flags.out.resolve()}")
 
 
 def find_device(name: str) -> str:

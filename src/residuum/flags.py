@@ -181,15 +181,48 @@ class DataFetch:
     data_root: Path | None = None
 
 
+@dataclass(frozen=True)
+class DataDigitclutter:
+    """Make a Digitclutter data set: grey images of several digits that hide parts of each other, with 0/1 labels.
+
+    Attributes:
+        out: File to write, FILE.npz, which train and probe read.
+        digits: Digits in each image, all different.
+        debris: Fragments of digits over the image: 0, 10, 30 or 50.
+        n: Training images.
+        test: Test images.
+        grey: float, or overflow for the values of the reference generator, whose sums overflow 8 bits.
+        handwriting: Take digits from these images, mnist or path/FILE.npz, instead of a font.
+        data_root: Folder with the official files of mnist; without it they are fetched to a cache.
+        workers: Processes that make images.
+        seed: Seed of digits, places and debris.
+        force: Replace an existing file once the new one is complete.
+    """
+
+    out: Path
+    digits: int = 3
+    debris: Literal["none", "light", "medium", "heavy"] = "none"
+    n: int = 100_000
+    test: int = 10_000
+    grey: Literal["float", "overflow"] = "float"
+    handwriting: str | None = None
+    data_root: Path | None = None
+    workers: int = 1
+    seed: int = 0
+    force: bool = False
+
+
 Data = Annotated[
-    Annotated[DataList, tyro.conf.subcommand("list")] | Annotated[DataFetch, tyro.conf.subcommand("fetch")],
+    Annotated[DataList, tyro.conf.subcommand("list")]
+    | Annotated[DataFetch, tyro.conf.subcommand("fetch")]
+    | Annotated[DataDigitclutter, tyro.conf.subcommand("digitclutter")],
     tyro.conf.arg(name=""),
 ]
 
 
 @dataclass(frozen=True)
 class DataCommand:
-    """List or fetch data sets.
+    """List, fetch or make data sets.
 
     Attributes:
         what: What to do.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from residuum.calls import cuda_devices
@@ -101,10 +101,23 @@ def correct(output: Float[Tensor, "example class"], y: Tensor) -> Bool[Tensor, "
     Source: exact match with the m largest outputs: Spoerer et al. 2017, "Recurrent Convolutional Neural Networks: A
     Better Model of Biological Object Recognition".
     """
-    if y.ndim == 1:
-        return output.argmax(1) == y
+    return output.argmax(1) == y if y.ndim == 1 else (_largest(output, y) == y.bool()).all(1)
+
+
+def found_classes(
+    output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]
+) -> Float[Tensor, " example"]:
+    """Share of the m classes present that are among the m largest outputs, in [0, 1]; 0 where none is present.
+
+    For m of ten digits a blind guess finds m / 10 of them, while its chance of an exact match is 1 / (10 choose m).
+    """
+    return (_largest(output, y) & y.bool()).sum(1) / y.sum(1).clamp(min=1)
+
+
+def _largest(output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]) -> Bool[Tensor, "_ _"]:
+    """The outputs that are among the m largest of their example, where y has m ones."""
     ranks = output.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ((ranks < y.sum(1, keepdim=True)) == y.bool()).all(1)
+    return ranks < y.sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -120,9 +133,9 @@ def evaluate(
         preparation: The network's own preparation of pixels; None is the data set's.
 
     Returns:
-        "loss" and "accuracy".
+        "loss" and "accuracy"; for 0/1 labels also "digits", the mean of `found_classes`.
     """
-    training, total, right = model.training, 0.0, 0
+    training, total, right, found = model.training, 0.0, 0, 0.0
     outputs: list[Tensor] = []  # what the model gave to the loss, so that it runs once
     handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     model.eval()
@@ -131,11 +144,15 @@ def evaluate(
         data, batch=EVALUATION_BATCH, preparation=preparation, device=str(like.device), dtype=like.dtype
     ):
         total += len(y) * loss(model, x, y).item()
-        right += int(correct(outputs[-1] if outputs else model(x), y).sum())
+        output = outputs[-1] if outputs else model(x)
+        right += int(correct(output, y).sum())
+        if y.ndim == 2:
+            found += found_classes(output, y).sum().item()
         outputs.clear()
     handle.remove()
     model.train(training)
-    return {"loss": total / len(data), "accuracy": right / len(data)}
+    result = {"loss": total / len(data), "accuracy": right / len(data)}
+    return result if data.labels.ndim == 1 else result | {"digits": found / len(data)}
 
 
 def train(
@@ -175,7 +192,8 @@ def train(
 
     Returns:
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
-        test_loss, test_accuracy (after the epoch), seconds, and what `after_epoch` returned.
+        test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`), seconds, and what
+        `after_epoch` returned.
 
     Raises:
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of

@@ -13,6 +13,7 @@ from torch import Tensor
 from residuum.names import nearest, one_line
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+EXTRAS = ("train_digits", "train_offsets", "test_digits", "test_offsets", "about")  # of Digitclutter; not read here
 
 
 class Content(NamedTuple):
@@ -28,7 +29,8 @@ def read_npz(path: Path) -> Content:
     """The images [example, channel, row, column], labels and class names of an npz file.
 
     The file holds `train_images`, `test_images` (uint8 [N, rows, columns, channels]), `train_labels`, `test_labels`
-    (int64 [N], or uint8 [N, classes] of 0 and 1 where several classes can be present) and `classes` (names).
+    (int64 [N], or uint8 [N, classes] of 0 and 1 where several classes can be present) and `classes` (names). A file of
+    Digitclutter holds more, which is left alone.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -70,7 +72,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             file = np.load(handle, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one bare array, not named ones")
-            if set(file.files) != set(KEYS):
+            if set(file.files) - set(EXTRAS) != set(KEYS):
                 raise _KeysError(
                     f"{path}: keys must be {', '.join(KEYS)}; the file has {', '.join(sorted(file.files))}"
                 )
