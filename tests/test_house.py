@@ -20,11 +20,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
     ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes"],
-    ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
+    ["streams", "finding", "recording", "files", "progress", "titles", "rates", "layers"],
     ["cutting", "data", "charts", "checkpoints"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
-    ["indices", "convergence", "loading"],
+    ["indices", "convergence", "loading", "watching"],
     ["probing", "report"],
     ["results", "flags"],
     ["commands"],
@@ -156,6 +156,7 @@ COMMON = {"device", "dtype", "batch", "limit", "seed"}
 OPTIONS = {
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
+    | {"network", "width_factor", "sharing", "free"}
     | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "force"}
     | COMMON,
     "probe": {

@@ -182,7 +182,7 @@ def test_own_network_is_initialised_as_he() -> None:
         ({"blocks": (2, 0, 2)}, "every section needs at least 1 block"),
         ({"blocks": (), "widths": ()}, "at least one section"),
         ({"classes": 0}, "at least 1"),
-        ({"transition": "jump"}, r"transition is 'jump'; allowed are \('separate', 'projection'\)"),
+        ({"transition": "jump"}, r"transition is 'jump'; allowed are \('separate', 'projection', 'pool'\)"),
         ({"head": "mlp"}, "head is 'mlp'"),
     ],
 )

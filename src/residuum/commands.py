@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,8 +16,9 @@ from residuum import report as report_page
 from residuum.data import Splits, TextSplits, catalogue, load_splits, load_text
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
+from residuum.layers.sharing import NAIVE, UBN
 from residuum.loading import LoadedModel, load_model
-from residuum.models import ResNet, ResNetConfig
+from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
 from residuum.probing import probe as probe_network
@@ -63,7 +65,7 @@ def train(flags: options.Train, command: str) -> None:
     start, common = perf_counter(), flags.common
     device, data = find_device(common.device), _images(flags.data, flags.data_root, common)
     channels, classes = data.train.images.shape[1], len(data.train.classes)
-    network = ResNetConfig(flags.blocks, flags.widths, channels, classes, flags.transition, flags.head)
+    network = _network(flags, channels, classes)
     config = TrainConfig(
         epochs=flags.epochs,
         batch=common.batch,
@@ -202,6 +204,22 @@ def _tokenizer(flags: options.Probe) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flags.model} has no tokenizer for the text: {one_line(error)}") from error
+
+
+def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
+    """The network that the options of `train` describe."""
+    own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
+    if flags.network is None:
+        config = ResNetConfig(**own, channels=channels, classes=classes)
+    else:
+        given = [name for name, value in own.items() if value != getattr(options.Train, name)]
+        if given:
+            raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
+        config = network_of(flags.network, channels=channels, classes=classes)
+    config = scaled(config, flags.width_factor)
+    if flags.sharing == "none":
+        return config
+    return replace(config, sharing=replace(UBN if flags.sharing == "ubn" else NAIVE, free=flags.free))
 
 
 def _checkpoint(out: Path) -> Path:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from residuum.data import Preparation
-from residuum.files import write_atomically, write_json
+from residuum.files import stored, write_atomically, write_json
+from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import nearest, one_line, unknown
 from residuum.zoos import ZOOS, Found, Reads, find
@@ -91,8 +92,7 @@ def save_run(
     """
     from safetensors.torch import save_file
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder / "weights.safetensors", lambda path: save_file(state, path))
+    write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,
         "network": asdict(model.config),
@@ -170,7 +170,7 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json (residuum train writes one)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        config = ResNetConfig(**{key: _tupled(value) for key, value in content["network"].items()})
+        config = _network(content["network"])
         preparation = Preparation(**{key: _tupled(value) for key, value in content["preparation"].items()})
         classes = tuple(map(str, content["classes"]))
         model = ResNet(config, seed=seed)
@@ -186,6 +186,13 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
     own = weights == "pretrained"
     training = content.get("training") if own else None
     return LoadedModel(model, name, "trained by residuum" if own else weights, reads, classes, training)
+
+
+def _network(written: dict[str, Any]) -> ResNetConfig:
+    """The network that a config.json describes; what an older one does not say has its default."""
+    sharing = written.get("sharing")
+    values = {key: _tupled(value) for key, value in written.items()}
+    return ResNetConfig(**values | {"sharing": None if sharing is None else Sharing(**sharing)})
 
 
 def _tupled(value: Any) -> Any:
