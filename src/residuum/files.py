@@ -105,15 +105,14 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a network the state that `stored` gave.
+    """Give a network the state that `stored` gave, or any in which a tied tensor stands under one of its names.
 
     Raises:
         RuntimeError: If the tensors are those of another network.
     """
-    state, first = model.state_dict(keep_vars=True), {}
-    names = {name: first.setdefault(id(value), name) for name, value in state.items()}
-    again = {name: tensors[once] for name, once in names.items() if once in tensors}
-    model.load_state_dict(tensors | again)
+    state = model.state_dict(keep_vars=True)
+    found = {id(value): tensors[name] for name, value in state.items() if name in tensors}
+    model.load_state_dict({name: found[id(value)] for name, value in state.items() if id(value) in found} | tensors)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from residuum.data import Preparation
-from residuum.files import stored, write_atomically, write_json
+from residuum.files import restore_, stored, write_atomically, write_json
 from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import nearest, one_line, unknown
@@ -110,10 +110,10 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         ValueError: If the file is damaged or does not fit; the message names the first differences.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_model as load_file_into
+    from safetensors.torch import load_file
 
     try:
-        load_file_into(model, path)
+        restore_(model, load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, cut short or not a safetensors file: {error}") from error
     except RuntimeError as error:

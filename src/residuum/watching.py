@@ -22,8 +22,8 @@ def gradient_ratio(
 ) -> Float[Tensor, " example"]:
     """By how much gradients grow on their way down: `|dL/dh| at the first section / |dL/dh| at the last`.
 
-    Taken at the input of the first residual block of each, per example, of the loss of each example. In the last section
-    of networks with projections that is the state before the projection. 1: gradients keep their size; much above 1: they
+    Taken at the input of the first residual block of each, per example, of the loss of each example. With projections
+    that is, in the last section, the state before the projection. 1: gradients keep their size; much above 1: they
     explode.
 
     Args:

@@ -133,7 +133,9 @@ def _for_each(norm: nn.Module, times: int, statistics: str, affine: str) -> list
     # Buffers that two modules share part when the network moves to another device; so the module is shared.
     plain = copy.deepcopy(norm)
     plain.affine, plain.weight, plain.bias = False, None, None
-    return [plain if norm.weight is None else nn.Sequential(plain, Affine.of(norm)) for _ in range(times)]
+    if norm.weight is None:
+        return [plain] * times
+    return [nn.Sequential(plain, Affine.of(norm)).train(norm.training) for _ in range(times)]
 
 
 class Affine(nn.Module):
@@ -213,6 +215,7 @@ class Loop(nn.Module):
         if times < 1 or (others and len(others) != times - 1):
             raise ValueError(f"Loop: times is {times}; it must be 1 or more, and 1 more than others ({len(others)})")
         self.block, self.times, self.others = block, times, nn.ModuleList(others)
+        self.training = self.others.training = block.training
 
     def applications(self) -> tuple[nn.Module, ...]:
         """The block once for each time that it is applied."""
