@@ -18,6 +18,7 @@ from benchmarks.streams import Plain
 from benchmarks.timing import Side, Work, heading, ratio, row
 from residuum.checkpoints import Progress
 from residuum.data import ClutterConfig, ImageSet, Preparation, Splits, TrainingImages, digitclutter
+from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.training import Job, TrainConfig, label_loss
@@ -45,6 +46,14 @@ def ours(precision: str) -> Work:
 
     steps = forever()
     return lambda: next(steps)
+
+
+def forward_backward(sharing: Sharing | None) -> Work:
+    """Forward and backward of 16 blocks of 16 channels, all but the first with one set of weights, or each its own."""
+    torch.set_grad_enabled(True)
+    model = ResNet(ResNetConfig((16,), (16,), channels=1, sharing=sharing)).train()
+    x = torch.randn(BATCH, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    return lambda: model(x).sum().backward()
 
 
 def plain() -> Work:
@@ -115,10 +124,17 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     print(heading(pairs))
     script = Side(plain, keep=False)
+    ubn = partial(forward_backward, Sharing(free=1))
     for name, side, theirs, limit in (
         ("training step, float32 / plain eager NCHW loop", Side(partial(ours, "float32")), script, 0.88),
         ("training step, bfloat16 / plain eager NCHW loop", Side(partial(ours, "bfloat16")), script, 0.58),
         ("training step, float32 / its convolutions alone", Side(partial(ours, "float32")), Side(convolutions), None),
+        (
+            "block with unshared batch norm / ordinary block",
+            Side(ubn),
+            Side(partial(forward_backward, None)),
+            1.05,
+        ),
     ):
         print(row(name, *ratio(side, theirs, pairs=pairs), limit), flush=True)
     torch.set_num_threads(1)

@@ -326,3 +326,29 @@ def test_text_is_read_with_the_tokenizer_that_belongs_to_the_weights(tmp_path: P
     command = ["probe", f"hf:{tmp_path / 'model'}", "--data", str(tmp_path / "text.txt"), "--window", "16"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert 1.5 < json.loads((tmp_path / "out" / "indices.json").read_text())["measured"]["final_loss"] < 2.5
+
+
+SHARED = ("--free", "1", "--epochs", "1", "--limit", "60", "--lr", "0.02")
+
+
+@pytest.mark.parametrize("sharing", ["naive", "ubn"])
+def test_shared_networks_are_trained_and_probed(sharing: str, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    network = ("--network", "resnet20", "--width-factor", "0.25", "--sharing", sharing)
+    assert main(["train", "--out", str(run), *network, *SHARED]) == 0
+    written = read(run, "config.json")["network"]
+    assert (written["blocks"], written["widths"], written["transition"]) == ([3, 3, 3], [4, 8, 16], "projection")
+    assert written["sharing"]["statistics"] == ("shared" if sharing == "naive" else "unshared")
+    command = ["probe", str(run), "--data", "digits", "--out", str(out), "--limit", "10", "--probes", "all"]
+    assert main(command) == 0
+    assert [len(part["blocks"]) for part in read(out, "provenance.json")["network"]["sections"]] == [3, 2, 2]
+
+
+def test_a_named_network_decides_about_its_shape(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["train", "--out", str(tmp_path / "x"), *SHARED]
+    assert main([*command, "--network", "single", "--blocks", "3"]) != 0
+    assert "--network single decides about blocks; leave out one or the other" in capsys.readouterr().err
+    assert main([*command, "--network", "resnt32"]) != 0
+    assert "unknown network 'resnt32'; did you mean 'resnet32'" in capsys.readouterr().err
+    assert main([*command, "--sharing", "ubn", "--blocks", "1", "1", "1"]) != 0
+    assert "nothing is shared" in capsys.readouterr().err

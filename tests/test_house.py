@@ -20,11 +20,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
     ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes"],
-    ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
+    ["streams", "finding", "recording", "files", "progress", "titles", "rates", "layers"],
     ["cutting", "data", "charts", "checkpoints"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
-    ["indices", "convergence", "loading", "curves"],
+    ["indices", "convergence", "loading", "curves", "watching"],
     ["probing", "report"],
     ["results", "flags"],
     ["commands"],
@@ -157,6 +157,7 @@ OPTIONS = {
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
     | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "shuffle_labels", "watch", "force"}
+    | {"network", "width_factor", "sharing", "free"}
     | COMMON,
     "probe": {
         "model",

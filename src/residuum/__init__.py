@@ -21,10 +21,14 @@ _HOMES = {
     "profile": "profiles",
     "ResNet": "models",
     "ResNetConfig": "models",
+    "Sharing": "layers.sharing",
+    "share": "layers.sharing",
+    "fold": "layers.sharing",
     "load_model": "loading",
     "watch": "curves",
     "calibrate_": "nulls",
     "null_model": "nulls",
+    "recalibrated": "nulls",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residuum.files import read_tensors, write_tensors
+from residuum.files import read_tensors, restore_, stored, write_tensors
 from residuum.names import one_line
 
 _FORMAT = "residuum checkpoint 1"
@@ -69,7 +69,7 @@ def save(
     Raises:
         OSError: If the disk is full or the folder cannot be written; an older checkpoint stays.
     """
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model/{name}": value for name, value in stored(model).items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{name}": v for name, v in state.items() if isinstance(v, Tensor)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -103,7 +103,7 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             "use the same settings, or delete it to start anew"
         )
     try:
-        model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+        restore_(model, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     except RuntimeError as error:
         raise ValueError(
             f"{path} belongs to another network ({one_line(error)}); use the same one, or delete it to start anew"

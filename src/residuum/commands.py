@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,8 +19,9 @@ from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
+from residuum.layers.sharing import NAIVE, UBN
 from residuum.loading import LoadedModel, load_model, trained_on
-from residuum.models import ResNet, ResNetConfig
+from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
 from residuum.probing import probe as probe_network
@@ -68,7 +70,7 @@ def train(flags: options.Train, command: str) -> None:
     if flags.shuffle_labels:
         data = data._replace(train=data.train.shuffled(seed=common.seed))
     channels, classes = data.train.images.shape[1], len(data.train.classes)
-    network = ResNetConfig(flags.blocks, flags.widths, channels, classes, flags.transition, flags.head)
+    network = _network(flags, channels, classes)
     config = TrainConfig(
         epochs=flags.epochs,
         batch=common.batch,
@@ -235,6 +237,22 @@ def _tokenizer(flags: options.Probe) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{flags.model} has no tokenizer for the text: {one_line(error)}") from error
+
+
+def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
+    """The network that the options of `train` describe."""
+    own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
+    if flags.network is None:
+        config = ResNetConfig(**own, channels=channels, classes=classes)
+    else:
+        given = [name for name, value in own.items() if value != getattr(options.Train, name)]
+        if given:
+            raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
+        config = network_of(flags.network, channels=channels, classes=classes)
+    config = scaled(config, flags.width_factor)
+    if flags.sharing == "none":
+        return config
+    return replace(config, sharing=replace(UBN if flags.sharing == "ubn" else NAIVE, free=flags.free))
 
 
 def _checkpoint(out: Path) -> Path:

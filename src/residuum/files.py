@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 # What a result folder may hold. A folder with anything else in it is somebody's work and is never replaced.
 OURS = frozenset(
@@ -95,6 +95,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], content: Any, *, forma
     """
     metadata = {"format": format, "content": json.dumps(content)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a network, on the processor; a tensor that stands at several places once, by its first name."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True).items()
+    return {
+        name: value.detach().cpu().contiguous() for name, value in state if first.setdefault(id(value), name) == name
+    }
+
+
+def restore_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a network the state that `stored` gave, or any in which a tied tensor stands under one of its names.
+
+    Raises:
+        RuntimeError: If the tensors are those of another network.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = {id(value): tensors[name] for name, value in state.items() if name in tensors}
+    model.load_state_dict({name: found[id(value)] for name, value in state.items() if id(value) in found} | tensors)
 
 
 @contextmanager

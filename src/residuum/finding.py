@@ -89,7 +89,8 @@ def _kind(module: nn.Module) -> type:
 
 
 def _in_torch(module: nn.Module) -> bool:
-    return _kind(module).__module__.startswith("torch.nn.")
+    """Whether it is one of torch's modules, or a loop of ours, which is to blocks what torch's lists are."""
+    return _kind(module).__module__.startswith(("torch.nn.", "residuum.layers.sharing"))
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:

@@ -57,6 +57,12 @@ class Train:
         out: Folder to write.
         data: digits, mnist, fashion-mnist, cifar10, cifar100, or path/FILE.npz.
         data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        network: A network of P1 instead of blocks, widths, transition and head: resnet32 (38, 56, 110, 146, 182),
+            single, avgpool, wide.
+        width_factor: Factor on all widths.
+        sharing: The last blocks of each section use the same weights: naive shares batch norms, too, ubn gives each
+            block its own.
+        free: With sharing: first blocks of each section that have weights of their own.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -80,9 +86,13 @@ class Train:
     out: Path
     data: str = "digits"
     data_root: Path | None = None
+    network: str | None = None
+    width_factor: float = 1.0
+    sharing: Literal["none", "naive", "ubn"] = "none"
+    free: int = 5
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
-    transition: Literal["separate", "projection"] = "separate"
+    transition: Literal["separate", "projection", "pool"] = "separate"
     head: Literal["norm", "pool"] = "norm"
     epochs: int = 20
     lr: float = 0.1

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from residuum.data import Preparation
-from residuum.files import write_atomically, write_json
+from residuum.files import restore_, stored, write_atomically, write_json
+from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import nearest, one_line, unknown
 from residuum.zoos import ZOOS, Found, Reads, find
@@ -91,8 +92,7 @@ def save_run(
     """
     from safetensors.torch import save_file
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder / "weights.safetensors", lambda path: save_file(state, path))
+    write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,
         "network": asdict(model.config),
@@ -110,10 +110,10 @@ def load_weights_(model: nn.Module, path: Path) -> None:
         ValueError: If the file is damaged or does not fit; the message names the first differences.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_model as load_file_into
+    from safetensors.torch import load_file
 
     try:
-        load_file_into(model, path)
+        restore_(model, load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, cut short or not a safetensors file: {error}") from error
     except RuntimeError as error:
@@ -170,7 +170,7 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json (residuum train writes one)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        config = ResNetConfig(**{key: _tupled(value) for key, value in content["network"].items()})
+        config = _network(content["network"])
         preparation = Preparation(**{key: _tupled(value) for key, value in content["preparation"].items()})
         classes, origin = tuple(map(str, content["classes"])), trained_on(content.get("training"))
         model = ResNet(config, seed=seed)
@@ -192,6 +192,13 @@ def trained_on(training: dict[str, Any] | None) -> str:
     """Where the weights of a network of our own come from, in words, by how it was trained."""
     labelling = (training or {}).get("labels", "true")
     return "trained by residuum" + (f" on labels that were {labelling}" if labelling != "true" else "")
+
+
+def _network(written: dict[str, Any]) -> ResNetConfig:
+    """The network that a config.json describes; what an older one does not say has its default."""
+    sharing = written.get("sharing")
+    values = {key: _tupled(value) for key, value in written.items()}
+    return ResNetConfig(**values | {"sharing": None if sharing is None else Sharing(**sharing)})
 
 
 def _tupled(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Networks: our own pre-activation ResNets, which are their stream, and loading of everybody else's."""
+"""Networks: our own pre-activation ResNets, which are their stream, and those of P1 by their names."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
+from residuum.names import unknown
 from residuum.streams import Block, Section, Stream
 
 
@@ -22,9 +25,15 @@ class ResNetConfig:
         classes: Number of outputs.
         transition: How the shape changes. "separate": a 1x1 convolution of stride 2 before the section's blocks.
             "projection": the section's first block has stride 2 and a 1x1 skip; it then is the section's entry, so the
-            section counts one residual block less.
+            section counts one residual block less. "pool": 2x2 average pooling; widths are equal.
         head: "norm": batch norm, ReLU, average pool, dense (P1). "pool": average pool, dense (P2 as printed).
         bias: Convolutions with bias (P1) or without.
+        stem: Channels of the first convolution; None: those of the first section. If they differ, the first section
+            begins with a change of shape as the others do, with stride 1.
+        cells: The last state is averaged over cells x cells parts of the image, each an input of the dense layer.
+        norm: "batch"; "group": group norm of 4 groups (fewer where 4 does not divide the width), which needs no
+            statistics; "none". Without norms He-normal weights double the variance of the state in every block.
+        sharing: Which blocks share their weights; None: each has its own.
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
     sections of 16, 32, 64 channels.
@@ -37,6 +46,10 @@ class ResNetConfig:
     transition: str = "separate"
     head: str = "norm"
     bias: bool = False
+    stem: int | None = None
+    cells: int = 1
+    norm: str = "batch"
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.widths):
@@ -45,14 +58,36 @@ class ResNetConfig:
             )
         if min(self.blocks) < 1:
             raise ValueError(f"blocks is {self.blocks}: every section needs at least 1 block")
-        if min((*self.widths, self.channels, self.classes)) < 1:
-            raise ValueError("widths, channels and classes must be at least 1")
+        if min((*self.widths, self.first, self.channels, self.classes, self.cells)) < 1:
+            raise ValueError("widths, stem, channels, classes and cells must be at least 1")
         for name, given, allowed in (
-            ("transition", self.transition, ("separate", "projection")),
+            ("transition", self.transition, ("separate", "projection", "pool")),
             ("head", self.head, ("norm", "pool")),
+            ("norm", self.norm, ("batch", "group", "none")),
         ):
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}; allowed are {allowed}")
+        if self.transition == "pool" and len({self.first, *self.widths}) > 1:
+            raise ValueError(f"transition 'pool' changes no width, but stem and widths are {self.first}, {self.widths}")
+        if self.sharing is not None:
+            self._check(self.sharing)
+
+    def _check(self, sharing: Sharing) -> None:
+        if max(self.blocks) <= sharing.free:
+            raise ValueError(
+                f"sharing leaves {sharing.free} blocks free, so with blocks {self.blocks} nothing is shared"
+            )
+        if self.norm != "batch" and not sharing.naive:
+            raise ValueError(f"there is no batch norm to unshare with norm {self.norm!r}; share all of it")
+
+    @property
+    def first(self) -> int:
+        """Channels that the first convolution gives."""
+        return self.widths[0] if self.stem is None else self.stem
+
+    def shapes_inside(self, section: int) -> bool:
+        """Whether a section's entry contains a residual block of it, which changes the shape."""
+        return self.transition == "projection" and (section > 0 or self.first != self.widths[0])
 
 
 class Residual(nn.Module):
@@ -61,19 +96,18 @@ class Residual(nn.Module):
     Source: P2 (Hauser 2019), eq. 13; P1 (Jastrzebski et al. 2018), section 4.
     """
 
-    def __init__(self, width_in: int, width: int, *, stride: int = 1, bias: bool = False) -> None:
+    def __init__(self, width_in: int, width: int, *, stride: int = 1, bias: bool = False, norm: str = "batch") -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(width_in)
+        self.norm1 = _norm(norm, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=bias)
-        self.norm2 = nn.BatchNorm2d(width)
+        self.norm2 = _norm(norm, width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=bias)
         keeps_shape = stride == 1 and width_in == width
         self.skip = nn.Identity() if keeps_shape else nn.Conv2d(width_in, width, 1, stride, bias=bias)
 
     def branch(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """What the block adds."""
-        # In place on the output of a norm, which nobody else sees and whose backward does not need it.
-        return self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(h), inplace=True))), inplace=True))
+        return self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
 
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
@@ -83,6 +117,18 @@ class Residual(nn.Module):
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """The next state."""
         return self.skip(h) + self.branch(h)
+
+
+def _norm(kind: str, width: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(width)
+    return nn.GroupNorm(math.gcd(4, width), width) if kind == "group" else nn.Identity()
+
+
+def _rectified(norm: nn.Module, h: Tensor) -> Tensor:
+    """`relu(norm(h))`; in place on what the norm gave, which nobody else sees and whose backward does not need it."""
+    normalised = norm(h)
+    return F.relu(normalised, inplace=normalised is not h)
 
 
 class ResNet(nn.Module):
@@ -110,22 +156,34 @@ class ResNet(nn.Module):
 
     def _build(self) -> None:
         config, widths = self.config, self.config.widths
-        self.stem = nn.Conv2d(config.channels, widths[0], 3, 1, 1, bias=config.bias)
-        self.transitions = nn.ModuleList(self._transition(a, b) for a, b in pairwise(widths))
-        self.sections = nn.ModuleList(
-            nn.ModuleList(Residual(width, width, bias=config.bias) for _ in range(self._length(s)))
-            for s, width in enumerate(widths)
-        )
-        self.norm = nn.BatchNorm2d(widths[-1]) if config.head == "norm" else None
-        self.dense = nn.Linear(widths[-1], config.classes)
+        self.stem = nn.Conv2d(config.channels, config.first, 3, 1, 1, bias=config.bias)
+        self.widen = None if config.first == widths[0] else self._transition(config.first, widths[0], stride=1)
+        self.transitions = nn.ModuleList(self._transition(a, b, stride=2) for a, b in pairwise(widths))
+        self.sections = nn.ModuleList(self._section(s) for s in range(len(widths)))
+        self.norm = _norm(config.norm, widths[-1]) if config.head == "norm" else None
+        self.dense = nn.Linear(widths[-1] * config.cells**2, config.classes)
+        if config.sharing is not None and config.sharing.everywhere:
+            for module in self.modules():
+                if isinstance(module, Residual):
+                    scale_norms_(module, config.sharing.gamma)
 
-    def _length(self, section: int) -> int:
-        return self.config.blocks[section] - (self.config.transition == "projection" and section > 0)
+    def _section(self, section: int) -> nn.ModuleList:
+        config, width = self.config, self.config.widths[section]
+        inside = int(config.shapes_inside(section))
+        length, sharing = config.blocks[section] - inside, config.sharing
+        pattern = tuple(range(length)) if sharing is None else sharing.pattern(length, before=inside)
+        blocks = [Residual(width, width, bias=config.bias, norm=config.norm) for _ in set(pattern)]
+        if sharing is None:
+            return nn.ModuleList(blocks)
+        return share(blocks, pattern, statistics=sharing.statistics, affine=sharing.affine, gamma=sharing.gamma)
 
-    def _transition(self, width_in: int, width: int) -> nn.Module:
-        if self.config.transition == "projection":
-            return Residual(width_in, width, stride=2, bias=self.config.bias)
-        return nn.Conv2d(width_in, width, 1, 2, bias=self.config.bias)
+    def _transition(self, width_in: int, width: int, *, stride: int) -> nn.Module:
+        config = self.config
+        if config.transition == "projection":
+            return Residual(width_in, width, stride=stride, bias=config.bias, norm=config.norm)
+        if config.transition == "pool":
+            return nn.AvgPool2d(2)
+        return nn.Conv2d(width_in, width, 1, stride, bias=config.bias)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -138,9 +196,10 @@ class ResNet(nn.Module):
         """The network as a stream on one batch of images."""
         entries = (self.enter, *self.transitions)
         sections = []
-        for s, (entry, blocks) in enumerate(zip(entries, self.sections, strict=True)):
+        for s, (entry, section) in enumerate(zip(entries, self.sections, strict=True)):
+            blocks = unrolled(section)
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
-            passed = (f"transitions.{s - 1}",) if s and self.config.transition == "projection" else ()
+            passed = (f"transitions.{s - 1}" if s else "widen",) if self.config.shapes_inside(s) else ()
             steps = tuple(block.as_step(name) for name, block in zip(names, blocks, strict=True))
             # With hooks on the block its branch is not what it adds, and its skip not what is left.
             skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
@@ -149,14 +208,120 @@ class ResNet(nn.Module):
 
     def enter(self, x: Float[Tensor, "example channel row column"]) -> Float[Tensor, "example width row column"]:
         """The stem: one 3x3 convolution, on channels-last memory (about a third faster on processors)."""
-        return self.stem(x.contiguous(memory_format=torch.channels_last))
+        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return h if self.widen is None else self.widen(h)
 
     def readout(self, h: Float[Tensor, "example width row column"]) -> Float[Tensor, "example class"]:
         """Logits from a state of the last section."""
         if self.norm is not None:
-            h = F.relu(self.norm(h), inplace=True)
+            h = _rectified(self.norm, h)
+        if self.config.cells > 1:
+            return self.dense(F.adaptive_avg_pool2d(h, self.config.cells).flatten(1))
         return self.dense(h.mean((2, 3)))
 
     def forward(self, x: Float[Tensor, "example channel row column"]) -> Float[Tensor, "example class"]:
         """Logits: a full run of the stream."""
         return self.cut(x).run(keep=False).output
+
+
+def resnet(depth: int, *, classes: int = 10, channels: int = 3, sharing: Sharing | None = None) -> ResNetConfig:
+    """The ResNet of a depth for CIFAR: depth 6n + 2 is n blocks of 16, n of 32 and n of 64 channels, with projections.
+
+    Args:
+        depth: 8, 14, 20, .., 32, 38, 56, 110, 146, 182, ..
+        classes: Number of outputs.
+        channels: Channels of the input images.
+        sharing: Which blocks share their weights.
+
+    Raises:
+        ValueError: If the depth is not 6n + 2.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4 and table 1.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"there is no ResNet of depth {depth}: depths are 6n + 2, as 32, 38, 56 or 110")
+    blocks = ((depth - 2) // 6,) * 3
+    return ResNetConfig(blocks, (16, 32, 64), channels, classes, "projection", bias=True, sharing=sharing)
+
+
+def resnet110(*, classes: int = 10, channels: int = 3) -> ResNetConfig:
+    """P1's original ResNet-110: 1,742,762 parameters and statistics. `scaled` makes it narrower.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.
+    """
+    return resnet(110, classes=classes, channels=channels)
+
+
+def single(*, classes: int = 10, channels: int = 3) -> ResNetConfig:
+    """P1's single-representation network: 10 blocks of 100 channels at full resolution; 1,829,210 numbers.
+
+    Its last state is averaged over 4 x 4 parts of the image, of 8 x 8 pixels on CIFAR.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.
+    """
+    return ResNetConfig((10,), (100,), channels, classes, bias=True, cells=4)
+
+
+def avgpool(*, classes: int = 10, channels: int = 3) -> ResNetConfig:
+    """P1's average-pooling network: three sections of 10 blocks of 150 channels; 12,201,310 numbers.
+
+    Between sections 2x2 averages halve the resolution. The text has a pooling after each section; two of them give the
+    printed count.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.
+    """
+    return ResNetConfig((10,) * 3, (150,) * 3, channels, classes, "pool", bias=True)
+
+
+def wide(*, classes: int = 10, channels: int = 3, blocks: tuple[int, ...] = (4, 5, 5)) -> ResNetConfig:
+    """P1's wide network: sections of 160, 320 and 640 channels behind a stem of 16, each with a projection.
+
+    The text has four blocks in each section; 4, 5 and 5 give the printed count of 45,732,842 numbers, `(4, 4, 4)` gives
+    36,507,242.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.
+    """
+    return ResNetConfig(blocks, (160, 320, 640), channels, classes, "projection", bias=True, stem=16)
+
+
+NETWORKS = ("resnet32", "resnet38", "resnet56", "resnet110", "resnet146", "resnet182", "single", "avgpool", "wide")
+
+
+def network_of(name: str, *, classes: int = 10, channels: int = 3) -> ResNetConfig:
+    """A network of P1 by its name: one of `NETWORKS`, or resnet with another depth 6n + 2.
+
+    Raises:
+        ValueError: If there is none of that name; the nearest is offered.
+    """
+    depth = name.removeprefix("resnet")
+    if depth != name and depth.isdecimal():
+        return resnet(int(depth), classes=classes, channels=channels)
+    made = {"single": single, "avgpool": avgpool, "wide": wide}.get(name)
+    if made is None:
+        raise unknown("network", name, NETWORKS)
+    return made(classes=classes, channels=channels)
+
+
+def scaled(config: ResNetConfig, factor: float) -> ResNetConfig:
+    """The same network with all widths times a factor (rounded, at least 1), for smaller studies.
+
+    Raises:
+        ValueError: If the factor is not above 0.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the factor on all widths is {factor}; it must be above 0")
+    widths = tuple(max(1, round(factor * width)) for width in config.widths)
+    return replace(config, widths=widths, stem=None if config.stem is None else max(1, round(factor * config.stem)))
+
+
+def count_parameters(model: nn.Module, *, statistics: bool = True) -> int:
+    """How many numbers a network has; weights that are used at several places count once.
+
+    Args:
+        model: Any network.
+        statistics: Count the running means and variances of batch norm, too, as P1's totals do (4 numbers per channel);
+            else only what is trained (2).
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+    return trained + statistics * sum(norm.running_mean.numel() + norm.running_var.numel() for norm in norms)

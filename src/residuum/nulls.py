@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from residuum.calls import call_model, cuda_devices
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from residuum.layers.sharing import BATCH_NORMS, unshare_statistics
 
 
 class NoNullModel(ValueError):  # noqa: N818 - reads as the answer that it is
@@ -39,7 +38,7 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
     Source: ours. Fresh statistics are 0 and 1, so that batch norm would do nothing in eval mode and the states of deep
     networks would explode; the papers do not say how they measure at initialisation.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
@@ -63,6 +62,31 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
     if not used:
         raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
     return used
+
+
+def recalibrated(
+    model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *, per_application: bool = True
+) -> nn.Module:
+    """A copy whose batch-norm statistics are those of the data: what wrong statistics cost is the difference.
+
+    A block that is applied many times with one batch norm is trained with the statistics of each application, but
+    evaluated with their running mixture. In the copy each application has statistics of its own, with the scales and
+    shifts and all other weights tied as in the model.
+
+    Args:
+        model: The network; it is not changed.
+        batches: (input, target) pairs of the training set, as for `calibrate_`.
+        per_application: False: statistics are estimated anew, but applications that share them still do.
+
+    Raises:
+        ValueError: If there are statistics to set and no batches.
+
+    Source: ours, a diagnostic of the overfitting that P1 (Jastrzebski et al. 2018), section 4.5, reports of shared
+    networks.
+    """
+    found = unshare_statistics(model) if per_application else copy.deepcopy(model)
+    calibrate_(found, batches)
+    return found
 
 
 def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *, seed: int) -> nn.Module:

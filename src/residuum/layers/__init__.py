@@ -1,0 +1,1 @@
+"""What changes the blocks themselves: sharing their weights."""

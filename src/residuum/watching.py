@@ -1,0 +1,104 @@
+"""What to follow over the epochs of a training: functions for `train(after_epoch=...)`, which add to its history."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from residuum.data import ImageSet, Splits, batches
+from residuum.models import ResNet
+from residuum.nulls import recalibrated
+from residuum.probes.passive import norm, ratio
+from residuum.probes.readout import Reader
+from residuum.training import EVALUATION_BATCH, Row, evaluate
+
+AfterEpoch = Callable[[nn.Module], Row]
+
+
+def gradient_ratio(
+    model: ResNet, x: Float[Tensor, "example channel row column"], y: Tensor
+) -> Float[Tensor, " example"]:
+    """By how much gradients grow on their way down: `|dL/dh| at the first section / |dL/dh| at the last`.
+
+    Taken at the input of the first residual block of each, per example, of the loss of each example. With projections
+    that is, in the last section, the state before the projection. 1: gradients keep their size; much above 1: they
+    explode.
+
+    Args:
+        model: A network of at least two sections, in the mode in which it is to be looked at.
+        x: Images.
+        y: Their labels.
+
+    Raises:
+        ValueError: If there is only one section.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.5 and figure 8.
+    """
+    stream = model.cut(x.detach().requires_grad_())  # so that states have gradients in a frozen network, too
+    if len(stream.sections) < 2:
+        raise ValueError("gradient_ratio compares the first section with the last; the network has only one")
+    with torch.enable_grad():
+        trace = stream.run()
+        first = trace.states[0][0]
+        last = trace.states[-2][-1] if stream.sections[-1].passed else trace.states[-1][0]
+        loss = Reader.of(trace.output, y, None)(trace.output)[1]["loss"]
+        down, up = torch.autograd.grad(loss.sum(), (first, last))
+    return ratio(norm(down), norm(up))
+
+
+def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100, seed: int = 0) -> AfterEpoch:
+    """Follow `gradient_ratio` on training and test images.
+
+    Args:
+        data: Training and test split, of each of which so many images are drawn.
+        images: How many.
+        batch: Images at a time.
+        seed: Of the draw.
+
+    Returns:
+        A function for `after_epoch`, which gives "train_gradient_ratio" and "test_gradient_ratio": means over images;
+        None where they are not finite.
+
+    Source: P1 (Jastrzebski et al. 2018), figure 8; there on the batches of both splits.
+    """
+    parts = [part.take(min(images, len(part)), seed=seed) for part in data]
+
+    def look(model: nn.Module) -> Row:
+        like, row = next(model.parameters()), {}
+        for part in parts:
+            prepared = batches(
+                part, batch=batch, preparation=data.train.preparation, device=str(like.device), dtype=like.dtype
+            )
+            mean = torch.cat([gradient_ratio(model, x, y).double() for x, y in prepared]).mean().item()
+            row[f"{part.split}_gradient_ratio"] = mean if math.isfinite(mean) else None
+        return row
+
+    return look
+
+
+def recalibration(data: Splits, *, images: int = 1000, batch: int = EVALUATION_BATCH, seed: int = 0) -> AfterEpoch:
+    """Follow what a shared network would reach with batch-norm statistics of each application: `recalibrated`.
+
+    Args:
+        data: Training and test split; the statistics are those of training images without augmentation.
+        images: How many of them.
+        batch: Images that are normalised together.
+        seed: Of the draw.
+
+    Returns:
+        A function for `after_epoch`, which gives "recalibrated_test_loss" and "recalibrated_test_accuracy"; as they
+        are without is in the row already.
+
+    Source: as `recalibrated`.
+    """
+    chosen: ImageSet = data.train.take(min(images, len(data.train)), seed=seed)
+
+    def look(model: nn.Module) -> Row:
+        like = next(model.parameters())
+        again = recalibrated(model, batches(chosen, batch=batch, device=str(like.device), dtype=like.dtype))
+        found = evaluate(again, data.test, preparation=data.train.preparation)
+        return {f"recalibrated_test_{name}": value for name, value in found.items()}
+
+    return look
