@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS = [
     ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes"],
     ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
-    ["cutting", "data", "charts", "checkpoints"],
+    ["cutting", "data", "charts", "checkpoints", "layers"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
     ["indices", "convergence", "loading"],

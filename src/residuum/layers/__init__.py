@@ -1,0 +1,1 @@
+"""Layers: blocks that share, couple or limit what they do."""
