@@ -103,3 +103,25 @@ def batch_norm_inputs(model: nn.Module, name: str, batches: list[Tensor]) -> lis
             model(x)
     handle.remove()
     return seen
+
+
+class Tied(nn.Module):
+    """One block applied several times: weight tying as autograd does it, by the sum of the gradients."""
+
+    def __init__(self, block: nn.Module, times: int) -> None:
+        super().__init__()
+        self.block, self.times = block, times
+
+    def forward(self, h: Tensor) -> Tensor:
+        for _ in range(self.times):
+            h = h + self.block(h)
+        return h
+
+
+def sharing(weights: list[np.ndarray]) -> tuple[float, float]:
+    """Achieved sharing and effective number of parameters of flat weights, by their singular values."""
+    matrix = np.stack(weights)
+    mean = matrix.mean(0)
+    s = 1 - sum(((w - mean) ** 2).sum() for w in weights) / sum((w**2).sum() for w in weights)
+    squares = np.linalg.svd(matrix, compute_uv=False) ** 2
+    return float(s), float(matrix.shape[1] * squares.sum() ** 2 / (squares**2).sum())

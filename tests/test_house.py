@@ -20,8 +20,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
     ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes"],
-    ["streams", "finding", "recording", "files", "progress", "titles", "rates", "layers"],
-    ["cutting", "data", "charts", "checkpoints"],
+    ["streams", "finding", "recording", "files", "progress", "titles", "rates"],
+    ["cutting", "data", "charts", "checkpoints", "layers"],
     ["models", "profiles"],
     ["probes", "nulls", "training", "zoos"],
     ["indices", "convergence", "loading", "curves", "watching"],

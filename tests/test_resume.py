@@ -24,7 +24,8 @@ def program(*arguments: object, processes: int = 1, check: bool = True) -> subpr
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAINER.parent)}
+    paths = os.pathsep.join([str(TRAINER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [*start, str(TRAINER), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert not check or done.returncode == 0, done.stderr
@@ -176,8 +177,11 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
 
 
-def test_two_processes_without_batch_norm_equal_one(tmp_path: Path) -> None:
-    common = ("none", 0, "dropout=0", "dtype=float64")
+@pytest.mark.parametrize(
+    "settings", [pytest.param((), id="plain"), pytest.param(("couple=0.7",), id="coupled", marks=pytest.mark.slow)]
+)
+def test_two_processes_without_batch_norm_equal_one(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    common = ("none", 0, "dropout=0", "dtype=float64", *settings)
     program(tmp_path / "one", "-", *common)
     program(tmp_path / "two", "-", *common, processes=2)
     (one, history), (two, rows) = result(tmp_path / "one"), result(tmp_path / "two")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from residuum.data import Splits, load_splits
+from residuum.layers.coupling import Coupling
 from residuum.training import TrainConfig, train
 
 
@@ -32,6 +33,23 @@ class Small(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
         h = h + self.dropout(torch.relu(self.inner(torch.relu(self.norm(h)))))
+        return self.dense(h.mean((2, 3)))
+
+
+class Coupled(nn.Module):
+    """Three equal blocks without batch norm, whose gradients are coupled while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.sections = nn.ModuleList([nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))])
+        self.dense = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.sections[0]:
+            h = h + 0.5 * torch.tanh(block(h))
         return self.dense(h.mean((2, 3)))
 
 
@@ -55,6 +73,8 @@ def main(out: str, checkpoint: str, norm: str, kill_at: str, *settings: str) -> 
     )
     double = options.get("dtype") == "float64"
     model = Small(norm=norm == "NORM", dropout=float(options.get("dropout", "0.2")))
+    coupling = Coupling(float(options["couple"])) if "couple" in options else None
+    model = Coupled() if coupling else model
     model = model.double() if double else model
     steps = 0
 
@@ -63,6 +83,8 @@ def main(out: str, checkpoint: str, norm: str, kill_at: str, *settings: str) -> 
         steps += 1
         if steps == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
+        if coupling:
+            coupling.after_backward(model, share)
 
     path = None if checkpoint == "-" else Path(checkpoint)
     history = train(

@@ -1,1 +1,1 @@
-"""What changes the blocks themselves: sharing their weights."""
+"""Layers: blocks that share their weights, learn together, or are limited in what they do."""

@@ -1,0 +1,251 @@
+"""Soft gradient coupling: blocks that learn together, from ordinary training to one recurrent block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residuum.names import unknown
+from residuum.rates import RATES, Rate
+
+Blocks = Sequence[nn.Module] | nn.ModuleList
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How the blocks of each section of a network are coupled while it is trained.
+
+    Attributes:
+        strength: lambda in [0, 1]: 0 is ordinary training, 1 gives all blocks the same gradient. One number, or one
+            per section.
+        couple: "weights": all but normalisation, which stays with each block. "all": normalisation too, with one set
+            of statistics; from equal weights at strength 1 this is the recurrent network.
+        reduce: Whether the pooled gradient is the mean over blocks, or the sum that weight tying has.
+        rate: Factor on the strength over the training.
+
+    Source: P0 (Lippl et al. 2024), soft gradient coupling; its formula is reconstructed.
+    """
+
+    strength: float | tuple[float, ...] = 1.0
+    couple: str = "weights"
+    reduce: str = "mean"
+    rate: Rate = RATES["constant"]
+
+    def __post_init__(self) -> None:
+        for strength in self.strength if isinstance(self.strength, tuple) else (self.strength,):
+            _check(strength, self.couple, self.reduce)
+
+    def after_backward(self, model: nn.Module, share: float) -> None:
+        """Couple the gradients of every section: an `after_backward` of `train`.
+
+        Args:
+            model: A network with `sections`, lists of blocks.
+            share: Share of the training that is done.
+
+        Raises:
+            ValueError: If the strengths are not one per section, or the blocks of a section cannot be coupled.
+        """
+        sections = list(model.sections)
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,) * len(sections)
+        if len(strengths) != len(sections):
+            raise ValueError(f"coupling has {len(strengths)} strengths, the network {len(sections)} sections")
+        for blocks, strength in zip(sections, strengths, strict=True):
+            if len(blocks) > 1:
+                couple_gradients_(blocks, strength * self.rate(share), couple=self.couple, reduce=self.reduce)
+
+    def after_epoch(self, model: nn.Module) -> dict[str, Any]:
+        """What the coupling has achieved in every section: an `after_epoch` of `train`.
+
+        Args:
+            model: A network with `sections`, lists of blocks.
+
+        Returns:
+            "sharing": per section what `achieved_sharing` says, None for sections of one block; and
+            "effective_parameters" of the network, those outside the sections included.
+        """
+        found = [achieved_sharing(blocks, couple=self.couple) if len(blocks) > 1 else None for blocks in model.sections]
+        coupled = {
+            id(p) for blocks in model.sections if len(blocks) > 1 for row in alike(blocks, self.couple) for p in row
+        }
+        rest = sum(p.numel() for p in model.parameters() if id(p) not in coupled)
+        effective = sum(section["effective_parameters"] for section in found if section)
+        return {"sharing": found, "effective_parameters": effective + rest}
+
+
+def couple_gradients_(
+    blocks: Blocks,
+    strength: float,
+    *,
+    couple: str = "weights",
+    reduce: str = "mean",
+) -> None:
+    """Mix the gradient of each block with that of all: `g_t <- (1 - lambda) g_t + lambda mean_t g_t`.
+
+    To be called after `backward`, when gradients are complete (all-reduced, unscaled, accumulated), and before they are
+    clipped. The mean weight of the blocks then follows ordinary training, deviations from it learn by a rate smaller by
+    1 - lambda. With lambda = 1 deviations are frozen: blocks that start equal stay equal, bit for bit, under every
+    elementwise optimiser. Weight tying is the sum: strength 1 with the mean is tying with the rate divided by the
+    number of blocks T and the weight decay times T, without clipping; for Adam with eps times T instead.
+
+    Args:
+        blocks: Blocks of one shape.
+        strength: lambda in [0, 1]; 0 changes nothing.
+        couple: "weights": all parameters but those of normalisation. "all": those too, and the blocks' running
+            statistics become their mean, one set. Each block is still trained with the statistics of its own batches,
+            so evaluation differs from training; without normalisation, or with group norm, it does not.
+        reduce: "mean", or "sum" over blocks in place of the mean.
+
+    Raises:
+        ValueError: If the blocks are fewer than two, differ in a parameter's name or shape, are tied already, or some
+            but not all have a gradient; if the strength is not in [0, 1].
+
+    Source: P0 (Lippl et al. 2024), soft gradient coupling; a convex combination with the mean is our reconstruction.
+    """
+    _check(strength, couple, reduce)
+    rows = alike(blocks, couple)
+    if strength == 0:
+        return
+    for row in rows:
+        gradients = [p.grad for p in row if p.grad is not None]
+        if not gradients:
+            continue
+        if len(gradients) < len(row):
+            raise ValueError(f"{len(gradients)} of {len(row)} blocks have a gradient; couple blocks that all ran")
+        pooled = gradients[0].clone()
+        for gradient in gradients[1:]:
+            pooled += gradient
+        if reduce == "mean":
+            pooled /= len(row)
+        for gradient in gradients:
+            gradient.lerp_(pooled, strength)  # at 1 this is `pooled` to the bit
+    if couple == "all":
+        _one_statistics_(blocks)
+
+
+def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: str = "weights") -> None:
+    """Bring the initial weights of blocks together: `W_t <- ((1 - a) W_t + a U) / sqrt((1 - a)^2 + a^2)`.
+
+    For independent draws W_t and U of one variance the variance is kept. a = 0 leaves the blocks as they are, a = 1
+    makes them equal. Vectors (biases, scales) are not random: they are mixed without the root.
+
+    Args:
+        blocks: Blocks of one shape.
+        common: A block of that shape, the weights U.
+        strength: a in [0, 1].
+        couple: As in `couple_gradients_`.
+
+    Raises:
+        ValueError: As `couple_gradients_`.
+
+    Source: P0 (Lippl et al. 2024) does not say how coupled networks start; ours.
+    """
+    _check(strength, couple, "mean")
+    if strength == 0:
+        return
+    root = ((1 - strength) ** 2 + strength**2) ** 0.5
+    with torch.no_grad():
+        for target, *row in alike((common, *blocks), couple, tied=True):
+            goal = target.clone()
+            for p in row:
+                p.lerp_(goal, strength)
+                if p.ndim > 1:
+                    p /= root
+
+
+def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
+    """How alike the weights of T blocks are. With W_t all coupled parameters of block t as one vector of length P:
+
+    - "sharing": `s = 1 - sum_t |W_t - mean W|^2 / sum_t |W_t|^2`; 1: equal; 1/T: unrelated.
+    - "above_unrelated": `(s - 1/T) / (1 - 1/T)`; 1: equal; 0: unrelated.
+    - "effective_parameters": `P (sum sigma_i^2)^2 / sum sigma_i^4`, sigma the singular values of the T x P matrix;
+      P for equal blocks, T P for orthogonal ones of one norm.
+    - "deviations": `|W_t - mean W| / |mean W|`, one per block.
+
+    Args:
+        blocks: Blocks of one shape.
+        couple: As in `couple_gradients_`.
+
+    Returns:
+        Numbers ready for JSON; None where all weights, or their mean, are zero.
+
+    Raises:
+        ValueError: If the blocks are fewer than two, or differ in a parameter's name or shape.
+
+    Source: ours; P0 (Lippl et al. 2024), earlier abstract, compares models at equal effective numbers of parameters.
+    """
+    rows = alike(blocks, couple, tied=True)
+    matrix = torch.stack([torch.cat([row[t].detach().flatten() for row in rows]) for t in range(len(blocks))]).double()
+    gram, mean = matrix @ matrix.T, matrix.mean(0)
+    total, deviations = gram.trace(), (matrix - mean).norm(dim=1)
+    if not total:
+        return {"sharing": None, "above_unrelated": None, "effective_parameters": 0.0, "deviations": None}
+    s, least = 1 - (deviations.square().sum() / total).item(), 1 / len(blocks)
+    return {
+        "sharing": s,
+        "above_unrelated": (s - least) / (1 - least),
+        "effective_parameters": (matrix.shape[1] * total**2 / gram.square().sum()).item(),
+        "deviations": (deviations / mean.norm()).tolist() if mean.any() else None,
+    }
+
+
+def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> list[tuple[Tensor, ...]]:
+    """The parameters of blocks that correspond to each other, one row per name, one column per block.
+
+    Args:
+        blocks: Blocks of one shape.
+        couple: As in `couple_gradients_`.
+        tied: Whether blocks may have a parameter in common.
+
+    Raises:
+        ValueError: If the blocks are fewer than two, or differ in a parameter's name or shape; without `tied` also if
+            two are tied.
+    """
+    if len(blocks) < 2:
+        raise ValueError(f"coupling needs at least 2 blocks; there are {len(blocks)}")
+    tables = [_parameters(block, couple) for block in blocks]
+    first = {name: tuple(p.shape) for name, p in tables[0].items()}
+    for number, table in enumerate(tables[1:], 1):
+        given = {name: tuple(p.shape) for name, p in table.items()}
+        if given != first:
+            name = next(name for name in {**first, **given} if first.get(name) != given.get(name))
+            raise ValueError(
+                f"blocks 0 and {number} cannot be coupled: {name!r} has shape {first.get(name)} in the first and "
+                f"{given.get(name)} in the other; couple blocks of one shape"
+            )
+    rows = list(zip(*(table.values() for table in tables), strict=True))
+    if not tied and any(len({id(p) for p in row}) < len(row) for row in rows):
+        raise ValueError(
+            "some of these blocks are one and the same or have tied parameters; there is nothing to couple"
+        )
+    return rows
+
+
+def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
+    """The parameters of a block that are coupled, by name."""
+    norms = set() if couple == "all" else {name for name, m in block.named_modules() if isinstance(m, _NORMS)}
+    return {name: p for name, p in block.named_parameters() if name.rpartition(".")[0] not in norms}
+
+
+def _one_statistics_(blocks: Blocks) -> None:
+    """Give all blocks the mean of their running statistics.
+
+    A running statistic is linear in the batches, so it does not matter whether this happens after each step.
+    """
+    for norms in zip(*(block.modules() for block in blocks), strict=True):
+        for name in ("running_mean", "running_var"):
+            row = [getattr(norm, name, None) for norm in norms]
+            if row[0] is not None:
+                mean = torch.stack(row).mean(0)
+                for buffer in row:
+                    buffer.copy_(mean)
+
+
+def _check(strength: float, couple: str, reduce: str) -> None:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"coupling strength is {strength}; it must lie in [0, 1]")
+    for name, given, known in (("couple", couple, ("weights", "all")), ("reduce", reduce, ("mean", "sum"))):
+        if given not in known:
+            raise unknown(name, given, known)

@@ -1,0 +1,343 @@
+"""Lipschitz limits: convolutions and linear maps whose true operator norm does not exceed a bound."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
+
+from residuum.spectra import Operator, batch_norm_norm, certificate, largest_singular_value, operator_norm
+
+Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
+_NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_TOLERANCE, _PRODUCTS = 1e-3, 400  # in eval mode: relative residual of the norm, most products to reach it
+
+
+def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = ()) -> None:
+    """Limit the true operator norm of a convolution or linear module: `W / max(1, sigma(W) / bound)`.
+
+    sigma is the norm `max |W x| / |x|` of the module as it works: on maps of that size, with its stride, padding,
+    dilation and groups. (torch's `spectral_norm` limits the kernel reshaped to a matrix: what it normalises to 1 has a
+    true norm of 1.5 to 3.) In training mode sigma follows the weights by one step of power iteration per forward, so
+    the norm can exceed the bound a little (`limits` says by how much). In eval mode the first use after a change of the
+    weights converges sigma to a residual of 1e-3; after that the norm is at most 1.005 times the bound, and within
+    0.005 of it where the limit is active. A guaranteed bound is what `export` writes.
+
+    The gradient is that of `<u, W v>` with the singular vectors u and v held constant. The state of the iteration is
+    saved with the model.
+
+    Args:
+        module: nn.Conv2d with zero padding, or nn.Linear; changed in place.
+        bound: Largest norm, above 0.
+        size: Rows and columns of the map that the convolution reads; () for nn.Linear.
+
+    Raises:
+        ValueError: If the module is something else, is limited already, or pads otherwise; if the bound is not above 0
+            or the size does not fit; when it runs, if a map is larger.
+
+    Source: P0 (Lippl et al. 2024), Lipschitz constraint; mechanics after Gouk et al. (2018) and Behrmann et al. (2019),
+    with the norm of the operator in place of that of the kernel.
+    """
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
+    if parametrize.is_parametrized(module, "weight"):
+        raise ValueError(f"this {type(module).__name__} is limited already; export the network first to limit it anew")
+    parametrize.register_parametrization(module, "weight", Limited(module, bound, size))
+    if size:
+        module.register_forward_pre_hook(_refuse_larger)
+
+
+class Limited(nn.Module):
+    """The limit of one module's weight, as a torch parametrization; see `limit_`.
+
+    Args:
+        module: nn.Conv2d or nn.Linear.
+        bound: Largest norm.
+        size: Rows and columns of the map that the convolution reads; () for nn.Linear.
+    """
+
+    def __init__(self, module: nn.Module, bound: float, size: tuple[int, int] | tuple[()]) -> None:
+        super().__init__()
+        self.bound, self.size = bound, tuple(size)
+        self.settings = _settings(module) if isinstance(module, nn.Conv2d) else None
+        try:
+            norm = operator_norm(module, self.size, products=2).value  # refuses modules of other kinds
+        except RuntimeError as error:
+            raise ValueError(f"{module} does not run on maps of size {self.size}: {error}") from error
+        width = module.in_features if self.settings is None else module.in_channels
+        v = torch.randn(1, width, *self.size, generator=torch.Generator().manual_seed(0)).to(module.weight)
+        self.register_buffer("v", _unit(v)[0])
+        self.register_buffer("u", _unit(self._image(module.weight.detach(), self.v))[0])
+        self.register_buffer("sigma", norm.to(v))
+        self.register_buffer("overshoot", torch.ones_like(self.sigma))
+        self.seen: tuple[int, int] | None = None  # the weights for which sigma has converged
+        self._converge(module.weight)
+
+    def forward(self, weight: Float[Tensor, "out inner *kernel"]) -> Float[Tensor, "out inner *kernel"]:
+        """The weight within the limit."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                self.v, _ = _unit(self._adjoint(weight, self.u))
+                self.u, self.sigma = _unit(self._image(weight, self.v))
+                self.seen = None
+            elif self.seen != (weight.data_ptr(), weight._version):
+                allowed = self.sigma.clamp_min(self.bound)
+                self._converge(weight)
+                self.overshoot = self.sigma / allowed
+        return _Scaled.apply(weight, self)
+
+    def _converge(self, weight: Tensor) -> None:
+        weight = weight.detach()
+        operator = Operator(
+            lambda v: self._image(weight, v.to(weight)), lambda u: self._adjoint(weight, u.to(weight)), self.v
+        )
+        found, v = largest_singular_value(operator, near=self.v, products=_PRODUCTS, tolerance=_TOLERANCE)
+        self.v, self.sigma = v.to(weight), found.value[0].to(weight)
+        self.u, _ = _unit(self._image(weight, self.v))
+        self.seen = (weight.data_ptr(), weight._version)
+
+    def _image(self, weight: Tensor, v: Tensor) -> Tensor:
+        return F.linear(v, weight) if self.settings is None else F.conv2d(v, weight, None, *self.settings)
+
+    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
+        return u @ weight if self.settings is None else _backward(u, self.v, weight, self.settings, of_weight=False)
+
+
+class _Scaled(torch.autograd.Function):
+    """`W / max(1, sigma / bound)`, with the derivative of sigma formed only where the limit is active."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, limit: Limited) -> Tensor:
+        scale = (limit.sigma / limit.bound).clamp_min(1)
+        # u and v are replaced, not written to, by later steps: the gradient is of the values that were used.
+        ctx.save_for_backward(weight, scale, limit.u, limit.v)
+        ctx.settings, ctx.bound = limit.settings, limit.bound
+        return weight / scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight, scale, u, v = ctx.saved_tensors
+        if scale <= 1:
+            return gradient, None
+        of_sigma = u.mT @ v if ctx.settings is None else _backward(u, v, weight, ctx.settings, of_weight=True)
+        pull = (gradient * weight).sum() / (scale.square() * ctx.bound)
+        return torch.addcmul(gradient / scale, of_sigma, pull, value=-1), None
+
+
+def _backward(u: Tensor, v: Tensor, weight: Tensor, settings: Settings, *, of_weight: bool) -> Tensor:
+    """Derivative of `<u, W v>` for a convolution W, in the weight or in v."""
+    stride, padding, dilation, groups = settings
+    mask = (not of_weight, of_weight, False)
+    found = torch.ops.aten.convolution_backward(
+        u, v, weight, None, stride, padding, dilation, False, (0, 0), groups, mask
+    )
+    return found[of_weight]
+
+
+class Clipped(nn.Module):
+    """The scale of a batch norm, clipped so that its affine map in eval mode has a norm of at most a bound.
+
+    `gamma min(1, bound / max_c |gamma_c| / sqrt(var_c + eps))` with the running variance, also in training mode.
+
+    Args:
+        norm: The batch norm whose scale it is.
+        bound: Largest norm.
+
+    Source: P0 (Lippl et al. 2024) limits residual blocks; how it treats batch norm could not be read. Ours.
+    """
+
+    def __init__(self, norm: nn.Module, bound: float) -> None:
+        super().__init__()
+        self.bound, self.of = bound, (norm,)  # in a tuple: the norm is the parent, not a part
+
+    def forward(self, gamma: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
+        """The scale within the limit."""
+        (norm,) = self.of
+        largest = (gamma.detach().abs() * (norm.running_var + norm.eps).rsqrt()).max()
+        return gamma * (self.bound / largest.clamp_min(1e-12)).clamp_max(1)
+
+
+def clip_(norm: nn.Module, bound: float = 1.0) -> None:
+    """Clip the scale of a batch norm, so that its map in eval mode has a norm of at most a bound; see `Clipped`.
+
+    Raises:
+        ValueError: If it has no scale or no running variance, is clipped already, or the bound is not above 0.
+    """
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
+    if not isinstance(norm, _NORMS) or norm.running_var is None or norm.weight is None:
+        raise ValueError(f"clip_ needs a batch norm with scale and running variance, given {norm}")
+    if parametrize.is_parametrized(norm, "weight"):
+        raise ValueError(f"this {type(norm).__name__} is clipped already")
+    parametrize.register_parametrization(norm, "weight", Clipped(norm, bound))
+
+
+def limits(model: nn.Module) -> dict[str, dict[str, float | bool]]:
+    """What the limits in a model come to, by module name.
+
+    Args:
+        model: A model in eval mode.
+
+    Returns:
+        Of each limited module: "bound"; "norm", its true operator norm as it works now (of convolutions an estimate
+        from below to 1e-4); "active", whether the weights had to be made smaller; "overshoot", the norm that it had in
+        training mode just before it was converged, relative to the bound.
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("limits needs model.eval(): in training mode the norms are still followed, not converged")
+    found = {}
+    for name, module in model.named_modules():
+        limit = _limit(module)
+        if limit is None:
+            continue
+        with torch.no_grad():
+            weight = module.weight  # converges sigma, if that is still to be done
+        plain = _plain(module, weight)
+        value = operator_norm(plain, limit.size, tolerance=1e-4, products=_PRODUCTS).value
+        found[name] = {
+            "bound": limit.bound,
+            "norm": float(value),
+            "active": bool(limit.sigma > limit.bound),
+            "overshoot": float(limit.overshoot),
+        }
+    return found
+
+
+def bound_of(layers: nn.Sequential | list[nn.Module], size: tuple[int, int] | tuple[()] = ()) -> float:
+    """A guaranteed Lipschitz bound of layers one after another in eval mode: the product of their bounds.
+
+    Linear modules: exact norm. Convolutions: `certificate`. Batch norm: its affine map. ReLU, tanh, identity, average
+    pooling without padding: 1. Anything else has no bound here: infinite.
+
+    Args:
+        layers: Modules in the order in which they are applied.
+        size: Rows and columns of the map that the first convolution reads.
+    """
+    bound = 1.0
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            bound *= float(certificate(_plain(layer, layer.weight), size).value)
+            size = _size_after(layer, size)
+        elif isinstance(layer, nn.Linear):
+            bound *= float(operator_norm(_plain(layer, layer.weight)).value)
+        elif isinstance(layer, _NORMS):
+            bound *= float(batch_norm_norm(layer).value)
+        elif not isinstance(layer, nn.ReLU | nn.Tanh | nn.Identity):
+            return float("inf")
+    return bound
+
+
+def export(model: nn.Module) -> nn.Module:
+    """A copy with plain weights, that holds its bounds strictly and that stock torch layers load.
+
+    Every limited weight is divided by its guaranteed norm (`certificate`, exact for nn.Linear) over the bound where
+    that is above 1, so it can be a few percent smaller than in the model; every clipped scale is written as it works.
+
+    Args:
+        model: A model in eval mode; it is left as it is.
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("export needs model.eval(): in training mode the norms are still followed, not converged")
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        limit = _limit(module)
+        if limit is not None:
+            _make_plain_(module)
+            _scale_to_(module, limit)
+        elif parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Clipped):
+            _make_plain_(module)
+    return model
+
+
+def _make_plain_(module: nn.Module) -> None:
+    """Put the weight as it works in place of the parametrized one.
+
+    Not by torch's `remove_parametrizations`: it takes the weight from the module's class, which a deep copy shares with
+    its original, so that the original would break.
+    """
+    weight = module.weight.detach().clone()
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    module.weight = nn.Parameter(weight)
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _refuse_larger]:
+        del hooks[key]
+
+
+def _scale_to_(module: nn.Module, limit: Limited) -> None:
+    """Make a plain weight so small that its guaranteed norm is within the bound, rounding included."""
+    for _ in range(2):  # the second round takes care of rounding in the first
+        exact = isinstance(module, nn.Linear)
+        norm = operator_norm(module) if exact else certificate(module, limit.size)
+        scale = float(limit.bound / norm.value)
+        if scale < 1:
+            with torch.no_grad():
+                module.weight.mul_(scale * (1 - 2 * torch.finfo(module.weight.dtype).eps))
+
+
+def _refuse_larger(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """A norm on larger maps can be above the bound; on smaller ones it cannot."""
+    size, limited = tuple(given[0].shape[-2:]), _limit(module).size
+    if size[0] > limited[0] or size[1] > limited[1]:
+        raise ValueError(
+            f"this convolution is limited on maps of size {limited}, given one of {size}; limit it on that"
+        )
+
+
+def _limit(module: nn.Module) -> Limited | None:
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    first = module.parametrizations.weight[0]
+    return first if isinstance(first, Limited) else None
+
+
+def _plain(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A stock module with that weight and no bias."""
+    if isinstance(module, nn.Linear):
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    else:
+        settings = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        plain = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            bias=False,
+            device="meta",
+            **settings,
+        )
+    plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return plain
+
+
+def _settings(conv: nn.Conv2d) -> Settings:
+    """Stride, padding, dilation and groups as numbers."""
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"limit_: padding_mode is {conv.padding_mode!r}; only 'zeros' has a certificate")
+    around = conv._reversed_padding_repeated_twice  # (left, right, top, bottom), also of "same" and "valid"
+    if around[0] != around[1] or around[2] != around[3]:
+        raise ValueError(f"limit_: the padding {conv.padding!r} of an even kernel is uneven; give numbers")
+    return conv.stride, (around[2], around[0]), conv.dilation, conv.groups
+
+
+def _size_after(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return tuple(_plain(conv, conv.weight).to("meta")(torch.empty(1, conv.in_channels, *size)).shape[2:])
+
+
+def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v at length 1, and its length."""
+    size = torch.linalg.vector_norm(v)
+    return v / size.clamp_min(torch.finfo(v.dtype).tiny), size

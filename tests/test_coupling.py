@@ -1,0 +1,255 @@
+"""Soft gradient coupling: between ordinary training and one recurrent block."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import oracles
+from residuum.data import Splits, load_splits
+from residuum.layers.coupling import Coupling, achieved_sharing, couple_gradients_, mix_weights_
+from residuum.models import ResNet, ResNetConfig
+from residuum.rates import Cosine
+from residuum.training import TrainConfig, train
+
+NETWORK = ResNetConfig(blocks=(3, 2), widths=(4, 8), channels=1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    return Splits(*(part.take(96, seed=0) for part in load_splits("digits")))
+
+
+def network(likeness: float = 1.0, seed: int = 0) -> ResNet:
+    """A network whose blocks start alike."""
+    model = ResNet(NETWORK, seed=seed)
+    for blocks in model.sections:
+        mix_weights_(blocks, copy.deepcopy(blocks[0]), likeness, couple="all")
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def layers(count: int, seed: int = 0, width: int = 5) -> nn.ModuleList:
+    torch.manual_seed(seed)
+    return nn.ModuleList(
+        nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in range(count)
+    )
+
+
+@pytest.mark.parametrize("couple", ["weights", "all"])
+def test_strength_0_is_ordinary_training_to_the_bit(digits: Splits, couple: str) -> None:
+    plain, coupled = network(0.5), network(0.5)
+    config = TrainConfig(epochs=1, batch=24)
+    train(plain, digits, config)
+    train(coupled, digits, config, after_backward=Coupling(0.0, couple).after_backward)
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(coupled)[name]), name
+
+
+@pytest.mark.parametrize("couple", ["weights", "all"])
+@pytest.mark.parametrize("settings", [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)], ids=["sgd", "momentum", "adam"])
+def test_strength_1_keeps_equal_weights_equal_to_the_bit(
+    digits: Splits, couple: str, settings: tuple[str, float]
+) -> None:
+    model = network()
+    before = weights(model)
+    config = TrainConfig(epochs=2, batch=24, lr=0.05, optimiser=settings[0], momentum=settings[1], clip=1.0)
+    train(model, digits, config, after_backward=Coupling(1.0, couple).after_backward)
+    for blocks in model.sections:
+        first = blocks[0].state_dict()
+        for block in blocks[1:]:
+            for name, value in block.state_dict().items():
+                if couple == "all" or "conv" in name:
+                    assert torch.equal(value, first[name]), name
+    assert not torch.equal(before["sections.0.0.conv1.weight"], model.sections[0][0].conv1.weight)
+    if couple == "weights":  # batch norm goes its own ways
+        assert not torch.equal(model.sections[0][0].norm1.weight, model.sections[0][1].norm1.weight)
+
+
+def test_the_recurrent_end_has_no_gap_between_dropping_first_and_last(digits: Splits) -> None:
+    """Source: spec of P0's indices: the gap is exactly 0 for strength 1 with shared batch norm."""
+    model = network()
+    train(model, digits, TrainConfig(epochs=1, batch=24), after_backward=Coupling(1.0, "all").after_backward)
+    stream = model.cut(torch.randn(5, 1, 8, 8))
+    with torch.no_grad():
+        assert torch.equal(stream.run(((0, 1), (0, 1))).output, stream.run(((1, 2), (0, 1))).output)
+    train(model, digits, TrainConfig(epochs=1, batch=24), after_backward=Coupling(0.5, "all").after_backward)
+    with torch.no_grad():
+        assert not torch.equal(stream.run(((0, 1), (0, 1))).output, stream.run(((1, 2), (0, 1))).output)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
+def test_strength_1_is_weight_tying(optimiser: str) -> None:
+    """Against autograd's sum, 50 steps in float64: rate / T and T times the decay; Adam: eps times T."""
+    times, rate, decay, eps = 4, 0.05, 0.02, 1e-4
+    blocks = layers(times).double()
+    mix_weights_(blocks, copy.deepcopy(blocks[0]), 1.0)
+    tied = oracles.Tied(copy.deepcopy(blocks[0]), times)
+    x, goal = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    if optimiser == "adam":
+        ours = torch.optim.Adam(blocks.parameters(), lr=rate, eps=eps)
+        theirs = torch.optim.Adam(tied.parameters(), lr=rate, eps=eps * times)
+    else:
+        sgd = partial(torch.optim.SGD, momentum=0.9 if optimiser == "momentum" else 0.0)
+        ours = sgd(blocks.parameters(), lr=rate, weight_decay=decay)
+        theirs = sgd(tied.parameters(), lr=rate / times, weight_decay=decay * times)
+    for _ in range(50):
+        h = x
+        for block in blocks:
+            h = h + block(h)
+        ours.zero_grad()
+        (h - goal).square().mean().backward()
+        couple_gradients_(blocks, 1.0)
+        ours.step()
+        theirs.zero_grad()
+        (tied(x) - goal).square().mean().backward()
+        theirs.step()
+    for a, b in zip(blocks[-1].parameters(), tied.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-10)
+    assert not torch.allclose(tied.block[0].weight, layers(1).double()[0][0].weight, atol=1e-3)
+
+
+def test_the_sum_at_strength_1_is_the_gradient_of_tying() -> None:
+    blocks = layers(3).double()
+    mix_weights_(blocks, copy.deepcopy(blocks[0]), 1.0)
+    tied = oracles.Tied(copy.deepcopy(blocks[0]), 3)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    h = x
+    for block in blocks:
+        h = h + block(h)
+    h.square().sum().backward()
+    tied(x).square().sum().backward()
+    couple_gradients_(blocks, 1.0, reduce="sum")
+    for a, b in zip(blocks[1].parameters(), tied.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+@given(strength=st.floats(0, 1), count=st.integers(2, 5), seed=st.integers(0, 99))
+def test_coupling_keeps_the_mean_gradient_and_shrinks_deviations(strength: float, count: int, seed: int) -> None:
+    blocks = layers(count, seed).double()
+    for p in blocks.parameters():
+        p.grad = torch.randn_like(p)
+    before = torch.stack([block[0].weight.grad.clone() for block in blocks])
+    couple_gradients_(blocks, strength)
+    after = torch.stack([block[0].weight.grad for block in blocks])
+    assert torch.allclose(after.mean(0), before.mean(0), rtol=0, atol=1e-13)
+    assert torch.allclose(after - after.mean(0), (1 - strength) * (before - before.mean(0)), rtol=0, atol=1e-13)
+
+
+def test_coupled_training_with_accumulation_and_strength_per_section(digits: Splits) -> None:
+    """Without batch norm's batches the parts of a step add up; section 2 at strength 0 is not coupled."""
+    whole, parts = network(), network()
+    for model in (whole, parts):
+        model.double().eval()
+    coupling = Coupling((1.0, 0.0), "all")
+    for model, accumulate in ((whole, 1), (parts, 3)):
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.train = lambda mode=True, norm=norm: norm  # stays in eval mode
+            norm.training = False
+        settings = TrainConfig(epochs=1, batch=24, accumulate=accumulate)
+        train(model, digits, settings, after_backward=coupling.after_backward)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(parts)[name], rtol=0, atol=1e-9), name
+    assert torch.equal(whole.sections[0][0].conv1.weight, whole.sections[0][1].conv1.weight)
+    assert not torch.equal(whole.sections[1][0].conv1.weight, whole.sections[1][1].conv1.weight)
+
+
+def test_the_strength_follows_its_rate() -> None:
+    model = network(0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = model.sections[0][0].conv1.weight.grad.clone()
+    coupling = Coupling(1.0, rate=Cosine())
+    coupling.after_backward(model, 1.0)
+    assert torch.equal(model.sections[0][0].conv1.weight.grad, before)
+    coupling.after_backward(model, 0.0)
+    assert torch.equal(model.sections[0][0].conv1.weight.grad, model.sections[0][1].conv1.weight.grad)
+
+
+def test_achieved_sharing_is_that_of_the_slow_twin() -> None:
+    blocks = layers(4).double()
+    found = achieved_sharing(blocks)
+    s, effective = oracles.sharing([torch.cat([p.flatten() for p in b.parameters()]).detach().numpy() for b in blocks])
+    assert found["sharing"] == pytest.approx(s, rel=1e-12)
+    assert found["effective_parameters"] == pytest.approx(effective, rel=1e-12)
+    assert found["above_unrelated"] == pytest.approx((s - 0.25) / 0.75, rel=1e-12)
+    mean = torch.stack([b[0].weight for b in blocks]).mean(0)
+    assert len(found["deviations"]) == 4
+    only = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2)).double()
+    assert achieved_sharing(only)["deviations"][0] == pytest.approx(
+        ((only[0].weight - only[1].weight).norm() / (only[0].weight + only[1].weight).norm()).item(), rel=1e-12
+    )
+    assert mean.shape == (5, 5)
+
+
+def test_equal_and_orthogonal_blocks_are_the_ends_of_sharing() -> None:
+    equal = layers(3)
+    mix_weights_(equal, copy.deepcopy(equal[0]), 1.0)
+    size = sum(p.numel() for p in equal[0].parameters())
+    found = achieved_sharing(equal)
+    assert found["sharing"] == pytest.approx(1)
+    assert found["effective_parameters"] == pytest.approx(size)
+    assert found["deviations"] == pytest.approx([0, 0, 0], abs=1e-7)
+    other = nn.ModuleList(nn.Linear(3, 1, bias=False) for _ in range(3))
+    with torch.no_grad():
+        for i, layer in enumerate(other):
+            layer.weight.copy_(torch.eye(3)[i : i + 1])
+    found = achieved_sharing(other)
+    assert found["sharing"] == pytest.approx(1 / 3)
+    assert found["above_unrelated"] == pytest.approx(0, abs=1e-12)
+    assert found["effective_parameters"] == pytest.approx(9)
+    with torch.no_grad():
+        for layer in other:
+            layer.weight.zero_()
+    assert achieved_sharing(other)["sharing"] is None
+
+
+def test_what_is_achieved_stands_in_the_history(digits: Splits) -> None:
+    model, coupling = network(0.0), Coupling(0.9)
+    history = train(model, digits, TrainConfig(epochs=1, batch=24), after_epoch=coupling.after_epoch)
+    found = history[-1]["sharing"]
+    assert [len(section["deviations"]) for section in found] == [3, 2]
+    whole = sum(p.numel() for p in model.parameters())
+    assert history[-1]["effective_parameters"] < whole
+    assert history[-1]["effective_parameters"] > 0.9 * whole  # independent weights: nearly all count
+
+
+def test_mixed_weights_keep_their_variance() -> None:
+    blocks = layers(3, width=200)
+    mix_weights_(blocks, layers(1, seed=7, width=200)[0], 0.4)
+    original = layers(3, width=200)
+    for block, before in zip(blocks, original, strict=True):
+        assert block[0].weight.var().item() == pytest.approx(before[0].weight.var().item(), rel=0.03)
+    a, b = blocks[0][0].weight.flatten(), blocks[1][0].weight.flatten()
+    shared = 0.4**2 / (0.6**2 + 0.4**2)  # the part of the variance that is common
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1].item() == pytest.approx(shared, abs=0.02)
+
+
+def test_what_cannot_be_coupled_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"coupling strength is 1\.5; it must lie in \[0, 1\]"):
+        Coupling(1.5)
+    with pytest.raises(ValueError, match=r"coupling strength is -0\.1"):
+        couple_gradients_(layers(2), -0.1)
+    with pytest.raises(ValueError, match="did you mean 'weights'"):
+        Coupling(couple="weight")
+    with pytest.raises(ValueError, match="needs at least 2 blocks; there are 1"):
+        couple_gradients_(layers(1), 0.5)
+    unequal = [nn.Linear(3, 3), nn.Linear(3, 4)]
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 cannot be coupled: 'weight' has shape \(3, 3\).*\(4, 3\)"):
+        couple_gradients_(unequal, 0.5)
+    block = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="one and the same or have tied parameters"):
+        couple_gradients_([block, block], 0.5)
+    blocks = layers(2)
+    blocks[0][0].weight.grad = torch.ones(5, 5)
+    with pytest.raises(ValueError, match="1 of 2 blocks have a gradient"):
+        couple_gradients_(blocks, 0.5)
+    with pytest.raises(ValueError, match="coupling has 3 strengths, the network 2 sections"):
+        Coupling((0.1, 0.2, 0.3)).after_backward(network(), 0.0)

@@ -1,0 +1,283 @@
+"""Lipschitz limits: the true norm of the operator stays within its bound, in training, evaluation and export."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import oracles_spectra as oracles
+from residuum.cutting import cut
+from residuum.layers.lipschitz import bound_of, clip_, export, limit_, limits
+
+KINDS = [
+    (partial(nn.Conv2d, 3, 4, 3, padding=1), (6, 7)),
+    (partial(nn.Conv2d, 4, 6, 3, stride=2, padding=1, groups=2), (7, 6)),
+    (partial(nn.Conv2d, 3, 3, (3, 5), dilation=(2, 1), padding="same", bias=False), (6, 6)),
+    (partial(nn.Conv2d, 2, 3, 2, padding="valid"), (5, 5)),
+    (partial(nn.Linear, 7, 5), ()),
+]
+
+
+def matrix(module: nn.Module, size: tuple[int, ...]) -> Tensor:
+    """The dense matrix of a module as it works, in float64."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach().double()
+    return oracles.conv_matrix(copy.deepcopy(module).double(), size)
+
+
+def true_norm(module: nn.Module, size: tuple[int, ...]) -> float:
+    return torch.linalg.matrix_norm(matrix(module, size), 2).item()
+
+
+def trained(module: nn.Module, size: tuple[int, ...], steps: int = 20, rate: float = 0.02) -> None:
+    """Training that makes the output large, as far as the limit allows."""
+    module.train()
+    optimiser = torch.optim.SGD(module.parameters(), lr=rate)
+    width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    for step in range(steps):
+        x = torch.randn(4, width, *size, generator=torch.Generator().manual_seed(step)).to(module.weight)
+        optimiser.zero_grad()
+        (-module(x).square().mean()).backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize(("make", "size"), KINDS)
+@pytest.mark.parametrize("bound", [0.3, 1.0])
+def test_in_eval_mode_the_true_norm_is_the_bound(make: partial, size: tuple[int, ...], bound: float) -> None:
+    torch.manual_seed(0)
+    module = make()
+    with torch.no_grad():
+        module.weight.mul_(4)
+    limit_(module, bound, size)
+    assert true_norm(module.eval(), size) == pytest.approx(bound, rel=0.005)
+    trained(module, size)
+    assert true_norm(module, size) < 1.3 * bound  # one step of power iteration per training step keeps up
+    module.eval()
+    assert bound * 0.995 <= true_norm(module, size) <= bound * 1.005
+    (found,) = limits(module).values()
+    assert found["active"]
+    assert found["norm"] == pytest.approx(true_norm(module, size), rel=1e-3)
+    assert 0.8 < found["overshoot"] < 1.3
+
+
+@pytest.mark.parametrize(("make", "size"), KINDS)
+def test_weights_within_the_bound_are_left_alone(make: partial, size: tuple[int, ...]) -> None:
+    module = make()
+    before = module.weight.detach().clone()
+    limit_(module, 50.0, size)
+    for mode in (True, False):
+        module.train(mode)
+        assert torch.equal(module.weight, before)
+    assert not next(iter(limits(module).values()))["active"]
+
+
+@pytest.mark.parametrize(("make", "size"), KINDS)
+def test_the_gradient_is_that_of_the_dense_norm(make: partial, size: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    module = make().double()
+    with torch.no_grad():
+        module.weight.mul_(3)
+    original, direction = module.weight.detach().clone(), torch.randn_like(module.weight)
+    limit_(module, 0.7, size)
+    module.train()
+    for _ in range(600):
+        _ = module.weight  # power iteration to convergence
+    (module.weight * direction).sum().backward()
+    plain, eps, values = make().double(), 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            change = torch.randn(original.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            plain.weight.copy_(original + sign * eps * change)
+            values.append((plain.weight / max(1, true_norm(plain, size) / 0.7) * direction).sum().item())
+    expected = (values[0] - values[1]) / (2 * eps)
+    assert (module.parametrizations.weight.original.grad * change).sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("make", "size"), KINDS)
+def test_what_is_exported_holds_the_bound_strictly_in_stock_layers(make: partial, size: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    module = nn.Sequential(make())
+    with torch.no_grad():
+        module[0].weight.mul_(10)
+    limit_(module[0], 0.9, size)
+    module.eval()
+    stock = nn.Sequential(make())
+    stock.load_state_dict(export(module).state_dict())
+    assert 0.6 * 0.9 <= true_norm(stock[0], size) <= 0.9
+    assert bound_of(stock, size) <= 0.9
+    assert not export(module)[0]._forward_pre_hooks
+    assert parametrize.is_parametrized(module[0])  # the model is left as it is, and still works
+    assert true_norm(module[0], size) == pytest.approx(0.9, rel=0.005)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), bound=st.floats(0.1, 3), kernel=st.integers(1, 4), stride=st.integers(1, 3))
+def test_no_two_inputs_are_moved_apart_more_than_the_bound(seed: int, bound: float, kernel: int, stride: int) -> None:
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(2, 3, kernel, stride, padding=kernel // 2)
+    limit_(conv, bound, (6, 5))
+    conv.eval()
+    x, y = torch.randn(2, 8, 2, 6, 5)
+    exported = export(conv)
+    with torch.no_grad():
+        apart = (x - y).flatten(1).norm(dim=1)
+        assert ((conv(x) - conv(y)).flatten(1).norm(dim=1) <= 1.005 * bound * apart).all()
+        assert ((exported(x) - exported(y)).flatten(1).norm(dim=1) <= bound * apart * (1 + 1e-5)).all()
+
+
+def test_torchs_spectral_norm_limits_something_else() -> None:
+    """What is normalised to 1 has a norm of 1.4 to 3; source: Sedghi, Gupta & Long (2019); measured in the spec."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    theirs = parametrizations.spectral_norm(copy.deepcopy(conv), n_power_iterations=100).eval()
+    low_pass = nn.Conv2d(1, 1, 3, padding=1)
+    nn.init.ones_(low_pass.weight)
+    wrong = parametrizations.spectral_norm(copy.deepcopy(low_pass), n_power_iterations=100).eval()
+    assert true_norm(theirs, (14, 14)) > 1.4
+    assert true_norm(wrong, (14, 14)) > 2.8
+    for module in (conv, low_pass):
+        limit_(module, 0.5, (14, 14))
+        assert true_norm(module.eval(), (14, 14)) == pytest.approx(0.5, rel=0.005)
+
+
+def test_saved_and_loaded_it_goes_on_with_the_same_bits() -> None:
+    torch.manual_seed(3)
+    module = nn.Conv2d(3, 3, 3, padding=1)
+    limit_(module, 0.5, (6, 6))
+    trained(module, (6, 6))
+    other = nn.Conv2d(3, 3, 3, padding=1)
+    limit_(other, 0.5, (6, 6))
+    other.load_state_dict(module.state_dict())
+    for one in (module, other):
+        trained(one, (6, 6), steps=3)
+    assert torch.equal(module.train().weight, other.train().weight)
+    assert torch.equal(module.eval().weight, other.eval().weight)
+    with torch.no_grad():  # new weights in eval mode: converged anew
+        module.parametrizations.weight.original.mul_(torch.randn_like(module.parametrizations.weight.original))
+    assert true_norm(module, (6, 6)) == pytest.approx(0.5, rel=0.005)
+
+
+def test_bfloat16_autocast_follows_the_norm_in_float32() -> None:
+    torch.manual_seed(0)
+    module, other = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+    other.load_state_dict(module.state_dict())
+    for one in (module, other):
+        limit_(one, 0.5, (6, 6))
+        one.train()
+    _ = other.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        module(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert torch.equal(module.parametrizations.weight[0].sigma, other.parametrizations.weight[0].sigma)
+
+
+class Branch(nn.Module):
+    """Convolution, batch norm, ReLU, convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.layers(h)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Branch() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+def limited(norm_bound: float = 1.0) -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    for block in model.blocks:
+        block.layers[0].running_var.uniform_(0.1, 0.5)
+        limit_(block.layers[1], 0.5**0.5, (5, 5))
+        limit_(block.layers[3], 0.5**0.5, (5, 5))
+        clip_(block.layers[0], norm_bound)
+    return model
+
+
+def test_the_bound_of_a_branch_holds_for_its_jacobian() -> None:
+    model = limited().eval()
+    h = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    for network in (model, export(model)):
+        for block in network.double().blocks:
+            J = oracles.jacobian(block.layers, h, 0)
+            bound = bound_of(block.layers, (5, 5))
+            assert torch.linalg.matrix_norm(J, 2).item() <= bound * 1.001
+            assert bound < 0.7  # the certificates of small maps are above the limits of 0.5
+    assert bound_of(export(model).blocks[0].layers, (5, 5)) <= 0.5
+    assert bound_of([nn.Linear(2, 2), nn.Sigmoid()]) == float("inf")
+
+
+def test_clipped_batch_norm_is_an_affine_map_within_its_bound() -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_var.copy_(torch.tensor([4.0, 0.25, 1.0]))
+    clip_(norm, 1.0)
+    x = torch.zeros(1, 3, 2, 2)
+    slope = (norm(x + 1) - norm(x))[0, :, 0, 0]
+    assert torch.allclose(slope, torch.tensor([0.25, 1.0, 0.5]), atol=1e-4)
+    copied = copy.deepcopy(norm)
+    copied.running_var.fill_(100.0)
+    assert torch.equal(norm(x), norm(x))
+    assert (copied(x + 1) - copied(x))[0, 0, 0, 0].item() == pytest.approx(0.1, rel=1e-4)  # its own variance
+    before = norm(x + 1)
+    assert torch.allclose(export(nn.Sequential(norm).eval())(x + 1), before)
+
+
+def test_limited_networks_can_be_cut_and_still_be_trained() -> None:
+    model = limited()
+    train_mode = model.train()(torch.randn(4, 3, 5, 5))
+    train_mode.square().sum().backward()
+    x = torch.randn(4, 3, 5, 5)
+    model.eval().requires_grad_(False)
+    stream = cut(model, x)
+    assert stream.lengths == (3,)
+    assert torch.equal(stream.run().output, model(x))
+
+
+def test_what_cannot_be_limited_is_refused() -> None:
+    for bound in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"the bound of a limit is {bound}; it must be above 0"):
+            limit_(nn.Linear(2, 2), bound)
+        with pytest.raises(ValueError, match="it must be above 0"):
+            clip_(nn.BatchNorm2d(2), bound)
+    module = nn.Linear(2, 2)
+    limit_(module, 1.0)
+    with pytest.raises(ValueError, match="this ParametrizedLinear is limited already"):
+        limit_(module, 1.0)
+    with pytest.raises(ValueError, match="given ReLU"):
+        limit_(nn.ReLU(), 1.0)
+    conv = nn.Conv2d(2, 2, 5)
+    with pytest.raises(ValueError, match="rows and columns of the map"):
+        limit_(conv, 1.0)
+    with pytest.raises(ValueError, match=r"does not run on maps of size \(3, 3\)"):
+        limit_(conv, 1.0, (3, 3))
+    limit_(conv, 1.0, (6, 6))
+    conv(torch.randn(1, 2, 5, 6))
+    with pytest.raises(ValueError, match=r"limited on maps of size \(6, 6\), given one of \(7, 6\)"):
+        conv(torch.randn(1, 2, 7, 6))
+    with pytest.raises(ValueError, match="padding_mode is 'circular'"):
+        limit_(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), 1.0, (6, 6))
+    with pytest.raises(ValueError, match="uneven; give numbers"):
+        limit_(nn.Conv2d(2, 2, 2, padding="same"), 1.0, (6, 6))
+    with pytest.raises(ValueError, match="batch norm with scale and running variance"):
+        clip_(nn.BatchNorm2d(2, affine=False))
+    norm = nn.BatchNorm2d(2)
+    clip_(norm)
+    with pytest.raises(ValueError, match="clipped already"):
+        clip_(norm)
+    for function in (limits, export):
+        with pytest.raises(ValueError, match=r"needs model\.eval\(\)"):
+            function(nn.Sequential(conv).train())
