@@ -14,6 +14,7 @@ from residuum.loading import LoadedModel
 from residuum.names import unknown
 from residuum.nulls import NoNullModel, calibrate_, null_is_reset, null_model
 from residuum.probes import (
+    SCALES,
     drops,
     drops_first,
     drops_last,
@@ -52,7 +53,7 @@ CHANGES = {
     "swaps": swaps,
     "replacements": replacements,
     "shuffles": shuffles,
-    "unrolls": unrolls,
+    "unrolls": partial(unrolls, scales=SCALES),
 }
 NAMES = (*PASSIVE, *OTHERS, *LABELLED, *CHANGES)
 USUAL = (*PASSIVE, "pairs", "readouts")

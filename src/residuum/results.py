@@ -1,9 +1,10 @@
 """Result folders: what a run found and where it came from, as files that the report reads."""
 
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -15,9 +16,13 @@ from residuum.files import write_atomically, write_json
 from residuum.indices import depth_advice, indices
 from residuum.loading import LoadedModel, save_run
 from residuum.models import ResNet
+from residuum.probes import groups
 from residuum.probing import Findings
 from residuum.profiles import Profile
 from residuum.training import Row, TrainConfig
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, history: list[Row]) -> dict[str, Any]:
@@ -33,10 +38,13 @@ def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, hi
 
 
 def write_findings(folder: Path, findings: Findings) -> None:
-    """Write profile.parquet and profile.safetensors, the same for "initial", and indices.json."""
+    """Write profile.parquet and profile.safetensors, the same for "initial", indices.json, and groups.parquet."""
     write_profile(folder, "profile", findings.profile)
     if findings.initial is not None:
         write_profile(folder, "initial", findings.initial)
+    if "margin" in findings.profile.measures:
+        table = _groups(findings.profile)
+        write_atomically(folder / "groups.parquet", lambda path: table.to_parquet(path, index=False))
     content = {
         "measured": indices(findings.profile),
         "initial": None if findings.initial is None else indices(findings.initial),
@@ -50,8 +58,22 @@ def write_findings(folder: Path, findings: Findings) -> None:
 
 def _convergence(profile: Profile) -> dict[str, Any]:
     """The indices of iterative convergence and their companions, as far as they were measured."""
-    intact = "intact_accuracy" in profile.measures
-    return (convergence_indices(profile) if intact else {}) | companions(profile)
+    by = "accuracy" if "intact_accuracy" in profile.measures else "agreement"
+    measured = "chance" in profile.measures
+    return (convergence_indices(profile, by=by) | {"by": by} if measured else {}) | companions(profile)
+
+
+def _groups(profile: Profile) -> "pandas.DataFrame":
+    """Answers of borderline, right and all examples at every state and after extra steps; "group" says which."""
+    import pandas as pd
+
+    names = ("accuracy", "loss", "entropy")
+    wanted = {*names, *(f"unroll_1_{name}" for name in names)}
+    parts = []
+    for group, part in groups(profile).items():
+        measures = {name: values for name, values in part.measures.items() if name in wanted}
+        parts.append(replace(part, measures=measures).to_pandas().assign(group=group))
+    return pd.concat(parts, ignore_index=True)
 
 
 def write_profile(folder: Path, name: str, profile: Profile) -> None:
