@@ -66,15 +66,3 @@ def pairs(table: Table, section: int) -> Iterator[tuple[int, int, Value]]:
     for (s, place, other), value in table.get(f"replace_{kind(table)}", {}).items():
         if s == section:
             yield place, other, value
-
-
-def true_changes(table: Table) -> Values:
-    """What each block truly changes in the loss: the network's loss, less that without the block.
-
-    The error is at most the sum of the two errors, which is what it gets.
-    """
-    whole = intact(table, "loss")
-    return {
-        key: Value(whole.mean - value.mean, whole.stderr + value.stderr, value.count)
-        for key, value in table.get("drop_loss", {}).items()
-    }

@@ -245,7 +245,12 @@ def learned(rows: Sequence[dict[str, Any]], quantity: str, section: str) -> str:
     """Of the chart of readouts over epochs."""
     first, last = rows[0]["curves"][quantity][section], rows[-1]["curves"][quantity][section]
     show = number if quantity == "loss" else percent
-    what = {"accuracy": "right answers", "loss": "the loss"}.get(quantity, quantity.replace("_", " "))
+    what = {
+        "accuracy": "right answers",
+        "loss": "the loss",
+        "borderline_accuracy": "right answers on borderline examples",
+        "correct_accuracy": "right answers on examples that the network has right",
+    }[quantity]
     if last[0] is None or last[-1] is None:
         return f"Over the epochs, {what} of early exits from {section}"
     start = f"In the end {what} of early exits from {section} go from {show(last[0])} to {show(last[-1])}"

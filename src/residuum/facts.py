@@ -50,7 +50,7 @@ class Facts(NamedTuple):
 
 def of_one(result: Result) -> dict[str, Facts]:
     """The tables of one result; those without rows were not measured."""
-    networks = _networks([result])
+    networks, agreeing = _networks([result]), _networks([result], "_by_agreement")
     tables = _tables([result])
     names = [name for name, _ in result.sections]
     beside = [(name, found) for name, found, _ in networks[1:]]
@@ -64,6 +64,13 @@ def of_one(result: Result) -> dict[str, Facts]:
     return {
         "indices": _index_table(title, INDICES, whole),
         "indices_sections": _index_table("The same in each section", INDICES, sections),
+        "agreement_indices": _index_table(
+            conclusions.iterative(agreeing[0][1], [(name, found) for name, found, _ in agreeing[1:]])
+            if agreeing and _has(agreeing[0][1], INDICES)
+            else "",
+            INDICES,
+            [(network, found, None, lengths) for network, found, lengths in agreeing],
+        ),
         "companions": _index_table(conclusions.companions(networks[0][1]) if networks else "", COMPANIONS, whole),
         "companions_sections": _index_table("The same in each section", COMPANIONS, sections),
         "settling": _settling(tables, result),
@@ -84,15 +91,15 @@ def of_many(results: Sequence[Result]) -> dict[str, Facts]:
 Network = tuple[str, dict[str, Any], Sequence[int]]  # name, indices.json's part, blocks per section
 
 
-def _networks(results: Sequence[Result]) -> list[Network]:
-    """Each network with the ones beside it."""
+def _networks(results: Sequence[Result], by: str = "") -> list[Network]:
+    """Each network with the ones beside it; those at initialisation also where they are missing, with the reason."""
     found = []
     for result in results:
         for key, words in _words(result, alone=len(results) == 1):
-            values = result.indices.get(f"{key}convergence")
+            values = result.indices.get(f"{key}convergence{by}")
             if values:
                 found.append((words, values, result.lengths))
-            elif key == "initial_" and result.indices.get("convergence"):
+            elif key == "initial_" and result.indices.get(f"convergence{by}"):
                 reason = result.initial_reason if result.initial is None else "not measured"
                 found.append((words, {"absent": reason}, result.lengths))
     return found

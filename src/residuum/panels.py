@@ -265,7 +265,7 @@ def _losses(result: Result) -> dict[str, Panel]:
     """Changes of the loss to first order beside the true ones."""
     found = {}
     for key, first, true in (
-        ("expected", "first_order_change", changed.true_changes(result.trained)),
+        ("expected", "first_order_change", result.trained.get("loss_change", {})),
         ("expected_direct", "plugin_first_order_change", result.trained.get("plugin_loss_change", {})),
     ):
         if first in result.trained and true:

@@ -58,9 +58,8 @@ def write_findings(folder: Path, findings: Findings) -> None:
 
 def _convergence(profile: Profile) -> dict[str, Any]:
     """The indices of iterative convergence and their companions, as far as they were measured."""
-    by = "accuracy" if "intact_accuracy" in profile.measures else "agreement"
-    measured = "chance" in profile.measures
-    return (convergence_indices(profile, by=by) | {"by": by} if measured else {}) | companions(profile)
+    intact = "intact_accuracy" in profile.measures
+    return (convergence_indices(profile) if intact else {}) | companions(profile)
 
 
 def _groups(profile: Profile) -> "pandas.DataFrame":
@@ -76,8 +75,18 @@ def _groups(profile: Profile) -> "pandas.DataFrame":
     return pd.concat(parts, ignore_index=True)
 
 
+def _with_true_changes(profile: Profile) -> Profile:
+    """With what each block truly changes in the loss, as `loss_changes` has it, where its dropping was measured."""
+    known = profile.measures
+    if "loss_change" in known or not {"intact_loss", "drop_loss"} <= set(known):
+        return profile
+    values = known["intact_loss"].values - known["drop_loss"].values
+    return replace(profile, measures=known | {"loss_change": replace(known["drop_loss"], values=values)})
+
+
 def write_profile(folder: Path, name: str, profile: Profile) -> None:
     """Write a profile as a table of means and as values per example."""
+    profile = _with_true_changes(profile)
     profile.save(folder / f"{name}.safetensors")
     write_atomically(folder / f"{name}.parquet", lambda path: profile.to_pandas().to_parquet(path, index=False))
 
