@@ -89,7 +89,9 @@ def draw_all(browser: Any) -> None:
 def requested(browser: Any) -> list[str]:
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith("data:image/png")]  # colours of a table, painted by the page itself
+    return [
+        url for url in urls if not url.startswith("data:image/png")
+    ]  # colours of a table, painted by the page itself
 
 
 @pytest.mark.parametrize("width", [390, 1280])
