@@ -109,6 +109,8 @@ def clutter_rate() -> None:
     for config in (ClutterConfig(4), ClutterConfig(4, "heavy"), ClutterConfig(5, "heavy")):
         seconds = statistics.median(_seconds(partial(digitclutter, config, 500)) for _ in range(9))
         print(f"Digitclutter, {config.digits} digits, {config.debris} debris: {500 / seconds:,.0f} images per second")
+
+
 def coupling_share() -> None:
     """Processor time of coupling the gradients of all blocks, as part of a step."""
     step = ours("float32")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from folders import HOSTILE, folder
+from measured import everything
 from residuum import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,8 +51,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     hostile = folder(base / "hostile", lengths=(2, 3), title=HOSTILE, names=[HOSTILE, "b"], block=HOSTILE)
     deep = folder(base / "deep", lengths=(8, 8, 8), title="twice as deep")
+    every = everything(base / "every", lengths=(8, 8, 8))
     made = {
         "one": [small],
+        "every": [every],
+        "every decoder": [everything(base / "every decoder", lengths=(24,), names=["transformer.h"], initial=False)],
         "decoder": [decoder],
         "hostile": [hostile],
         "two": [small, deep],
@@ -69,18 +73,35 @@ def show(browser: Any, page: Path, width: int) -> None:
     browser.get(page.as_uri())
 
 
+def draw_all(browser: Any) -> None:
+    """Opens what is folded and scrolls past every chart, which is drawn when it comes near."""
+    browser.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    browser.execute_async_script(
+        "const done = arguments[0], figures = [...document.querySelectorAll('figure')];"
+        "const next = i => {"
+        "  if (i === figures.length) return done();"
+        "  if (figures[i].querySelector('.main-svg')) return next(i + 1);"
+        "  figures[i].scrollIntoView(); setTimeout(() => next(i), 20);"
+        "}; next(0);"
+    )
+
+
 def requested(browser: Any) -> list[str]:
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [
+        url for url in urls if not url.startswith("data:image/png")
+    ]  # colours of a table, painted by the page itself
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("name", ["one", "decoder", "hostile", "two", "all"])
+@pytest.mark.parametrize("name", ["one", "every", "every decoder", "decoder", "hostile", "two", "all"])
 def test_draws_and_asks_for_nothing(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
     show(browser, pages[name], width)
+    draw_all(browser)
     charts = browser.execute_script(
         "return [...document.querySelectorAll('figure')].map(f => ["
-        "f.id, f.querySelectorAll('.main-svg').length, f.querySelectorAll('.points path').length,"
+        "f.id, f.querySelectorAll('.main-svg').length, f.querySelectorAll('.points path, .heatmaplayer image').length,"
         "f.getBoundingClientRect().right])"
     )
     assert len(charts) >= 8
@@ -103,13 +124,27 @@ def test_a_hostile_name_is_seen_and_does_nothing(browser: Any, pages: dict[str, 
         assert browser.execute_script("return document.querySelectorAll('img, main script').length") == 0
         assert HOSTILE in browser.execute_script("return document.querySelector('main').textContent")
     show(browser, pages["hostile"], 1280)
+    draw_all(browser)
     assert browser.execute_script("return document.querySelector('h1').textContent") == HOSTILE
     shown = browser.execute_script("return document.querySelector('#chart-step .annotation-text').textContent")
     assert shown.startswith("<script>alert(1)") or shown == "1"
 
 
+def test_draws_what_is_near_only(browser: Any, pages: dict[str, Path]) -> None:
+    show(browser, pages["every"], 1280)
+    drawn = "return document.querySelectorAll('figure .plot > .plot-container').length"
+    before = browser.execute_script(drawn)
+    assert before < 5
+    assert browser.execute_script("return document.querySelectorAll('figure').length") > 30
+    heights = "return [...document.querySelectorAll('figure .plot')].map(p => parseFloat(p.style.minHeight))"
+    assert min(browser.execute_script(heights)) >= 200  # their places are kept, so that nothing jumps
+    draw_all(browser)
+    assert browser.execute_script(drawn) == browser.execute_script("return document.querySelectorAll('figure').length")
+
+
 def test_pointing_shows_the_value(browser: Any, pages: dict[str, Path]) -> None:
     show(browser, pages["one"], 1280)
+    draw_all(browser)
     browser.execute_script(
         "Plotly.Fx.hover(document.querySelector('#chart-step .plot'), [{curveNumber: 1, pointNumber: 0}])"
     )
@@ -121,6 +156,7 @@ def test_pointing_shows_the_value(browser: Any, pages: dict[str, Path]) -> None:
 
 def test_pressing_a_name_hides_its_curve(browser: Any, pages: dict[str, Path]) -> None:
     show(browser, pages["one"], 390)
+    draw_all(browser)
     count = "return document.querySelectorAll('#chart-step .points path').length"
     before = browser.execute_script(count)
     browser.execute_script("document.querySelectorAll('#chart-step .legend button')[1].click()")

@@ -1,7 +1,7 @@
 """Charts of profiles as plain data: what to draw and what to say at each point; the page's script draws them."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -127,10 +127,39 @@ def along_depth(
     if not having:
         return None
     axis = axis_of(curves)
-    series = [_line(curve, curve.table[quantity], axis, unit, state) for curve in having]
+    series = [_line(curve, curve.table[quantity], axis, unit, state, _head) for curve in having]
     if not state:
         axis = replace(axis, ticks=tuple(tick for tick in axis.ticks if tick[1] != "in"))
     return _chart(key, axis, series, label, unit, span)
+
+
+def counted(
+    key: str,
+    curves: Sequence[Curve],
+    *,
+    label: str,
+    counts: str,
+) -> Chart | None:
+    """Good answers against a number of blocks that are changed, section beside section; None where nobody has values.
+
+    Args:
+        key: Name of the chart in the page.
+        curves: Each with one quantity, "count", whose points number the changed blocks from 0.
+        label: What the vertical axis shows.
+        counts: What is counted, after a number: "blocks left out".
+    """
+    having = [curve for curve in curves if curve.table.get("count")]
+    if not having:
+        return None
+    axis = axis_of(having)
+    axis = replace(axis, ticks=tuple((at, "0" if text == "in" else text) for at, text in axis.ticks))
+
+    def head(curve: Curve, where: Place, state: bool) -> str:
+        return f"{literal(curve.sections[where[0]][0], 30)}: {where[1]} {counts}"
+
+    series = [_line(curve, curve.table["count"], axis, "%", True, head) for curve in having]
+    chart = _chart(key, axis, series, label, "%", (-0.02, 1.04))
+    return {**chart, "x": {**chart["x"], "title": counts + (" in each section" if len(axis.bands) > 1 else "")}}
 
 
 def running(curve: Curve) -> Curve:
@@ -166,7 +195,7 @@ def cheapest_cuts(key: str, quantity: str, curve: Curve, *, label: str) -> Chart
             for n in runs
         ]
         values = [best[n][1] for n in runs]
-        series.append(_series(curve.sections[s][0], s, list(map(float, runs)), values, hover))
+        series.append(series_of(curve.sections[s][0], s, list(map(float, runs)), values, hover))
     x = {"kind": "plain", "title": "consecutive blocks taken out", "log": False}
     return {"id": key, "x": x, "y": {"title": label, "percent": True, "range": None, "log": False}, "series": series}
 
@@ -205,7 +234,7 @@ def distance_by_depth(key: str, networks: Sequence[tuple[str, Table, Sequence[in
         found = sorted((lengths[s], distance(table, s), name) for name, table, lengths in networks)
         hover = [f"{literal(name, 30)}<br>section {s + 1}: {n} blocks<br>distance {number(d)}" for n, d, name in found]
         series.append(
-            _series(f"section {s + 1}", s, [n for n, _, _ in found], [Value(d, 0.0, 0) for _, d, _ in found], hover)
+            series_of(f"section {s + 1}", s, [n for n, _, _ in found], [Value(d, 0.0, 0) for _, d, _ in found], hover)
         )
     x = {"kind": "plain", "title": "blocks in the section, logarithmic", "log": True}
     y = {"title": "scaled distance, logarithmic", "percent": False, "range": None, "log": True}
@@ -222,16 +251,14 @@ def history(key: str, epochs: Sequence[dict[str, Any]]) -> Chart:
         if points:
             hover = [f"epoch {epoch}<br>{percent(value)} of the {name} right" for epoch, value in points]
             values = [Value(value, 0.0, 0) for _, value in points]
-            series.append(_series(name, style, [epoch for epoch, _ in points], values, hover))
+            series.append(series_of(name, style, [epoch for epoch, _ in points], values, hover))
     x = {"kind": "plain", "title": "epoch", "log": False}
     y = {"title": "right answers", "percent": True, "range": None, "log": False}
     return {"id": key, "x": x, "y": y, "series": series, "height": 260}
 
 
 def _chart(key: str, axis: Axis, series: list[Chart], label: str, unit: str, span: Any) -> Chart:
-    values = [y for line in series for y in line["y"] if y is not None]
-    # Steps of a few percent are flat lines beside one that doubles the state.
-    log = span is None and min(values) > 0 and max(values) > 30 * sorted(values)[len(values) // 2]
+    log = span is None and spread(series)
     x = {
         "kind": axis.kind,
         "title": axis.title(),
@@ -248,7 +275,20 @@ def _chart(key: str, axis: Axis, series: list[Chart], label: str, unit: str, spa
     }
 
 
-def _line(curve: Curve, values: dict[tuple[int, int, int], Value], axis: Axis, unit: str, state: bool) -> Chart:
+def spread(series: list[Chart]) -> bool:
+    """Whether values need a logarithmic axis: steps of a few percent look flat beside one that doubles the state."""
+    values = [y for line in series for y in line["y"] if y is not None]
+    return min(values) > 0 and max(values) > 30 * sorted(values)[len(values) // 2]
+
+
+def _line(
+    curve: Curve,
+    values: dict[tuple[int, int, int], Value],
+    axis: Axis,
+    unit: str,
+    state: bool,
+    head: Callable[[Curve, Place, bool], str],
+) -> Chart:
     """One curve: sections are separate strokes, so that no line crosses an entry."""
     x: list[float | None] = []
     found: list[Value | None] = []
@@ -257,28 +297,32 @@ def _line(curve: Curve, values: dict[tuple[int, int, int], Value], axis: Axis, u
         for key in sorted(key for key in values if key[0] == section and key[2] == 1):
             x.append(axis.at(key[:2], curve.lengths, state=state))
             found.append(values[key])
-            hover.append(_hover(curve, key[:2], values[key], unit, state))
+            hover.append(head(curve, key[:2], state) + _hover(curve, values[key], unit))
         x.append(None)
         found.append(None)
         hover.append("")
-    return _series(curve.name, curve.style, x, found, hover, fresh=curve.fresh, hidden=curve.hidden)
+    return series_of(curve.name, curve.style, x, found, hover, fresh=curve.fresh, hidden=curve.hidden)
 
 
-def _hover(curve: Curve, where: Place, value: Value, unit: str, state: bool) -> str:
-    show = percent if unit == "%" else number
+def _head(curve: Curve, where: Place, state: bool) -> str:
+    """What a point is: a block, the state after it, or an entry."""
     section, index = where
     name = curve.sections[section][1]
     block = index - 1 if state else index
-    head = "entry of " + literal(curve.sections[section][0], 30) if block < 0 else ""
-    if block >= 0:
-        head = f"{'after ' if state else ''}block {place(section, block, curve.lengths)} ({literal(name[block], 34)})"
+    if block < 0:
+        return "entry of " + literal(curve.sections[section][0], 30)
+    return f"{'after ' if state else ''}block {place(section, block, curve.lengths)} ({literal(name[block], 34)})"
+
+
+def _hover(curve: Curve, value: Value, unit: str) -> str:
+    show = percent if unit == "%" else number
     return (
-        f"{head}<br><b>{show(value.mean)}</b> \u00b1 {show(value.stderr)} standard error<br>"
+        f"<br><b>{show(value.mean)}</b> \u00b1 {show(value.stderr)} standard error<br>"
         f"{literal(curve.name, 34)}, {value.count} examples"
     )
 
 
-def _series(
+def series_of(
     name: str,
     style: int,
     x: Sequence[Any],
@@ -288,6 +332,7 @@ def _series(
     fresh: bool = False,
     hidden: bool = False,
 ) -> Chart:
+    """One curve as the page's script draws it; a value that is None breaks its line."""
     banded = any(value is not None and value.stderr > 0 for value in values)
     return {
         "name": name,

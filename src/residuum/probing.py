@@ -14,6 +14,7 @@ from residuum.loading import LoadedModel
 from residuum.names import one_line, unknown
 from residuum.nulls import calibrate_, null_is_reset, null_model
 from residuum.probes import (
+    SCALES,
     drops,
     drops_first,
     drops_last,
@@ -53,7 +54,7 @@ CHANGES = {
     "swaps": swaps,
     "replacements": replacements,
     "shuffles": shuffles,
-    "unrolls": unrolls,
+    "unrolls": partial(unrolls, scales=SCALES),
 }
 NAMES = (*PASSIVE, *OTHERS, *LABELLED, *CHANGES)
 USUAL = (*PASSIVE, "pairs", "readouts")

@@ -1,9 +1,10 @@
 """Result folders: what a run found and where it came from, as files that the report reads."""
 
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -15,9 +16,13 @@ from residuum.files import write_atomically, write_json
 from residuum.indices import depth_advice, indices
 from residuum.loading import LoadedModel, save_run
 from residuum.models import ResNet
+from residuum.probes import groups
 from residuum.probing import Findings
 from residuum.profiles import Profile
 from residuum.training import Row, TrainConfig
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, history: list[Row]) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, hi
 
 
 def write_findings(folder: Path, findings: Findings) -> None:
-    """Write profile.parquet and profile.safetensors, the same for "initial" and "shuffled", and indices.json.
+    """Write profile.parquet and .safetensors, the same for "initial" and "shuffled", groups.parquet and indices.json.
 
     indices.json holds, for the network as given, at initialisation and trained on shuffled labels (None where that was
     not measured):
@@ -59,6 +64,9 @@ def write_findings(folder: Path, findings: Findings) -> None:
         content[f"{prefix}convergence_by_agreement"] = found and _by_agreement(found)
         if found:
             write_profile(folder, name or "profile", found)
+    if "margin" in findings.profile.measures:
+        table = _groups(findings.profile)
+        write_atomically(folder / "groups.parquet", lambda path: table.to_parquet(path, index=False))
     write_json(folder / "indices.json", content)
 
 
@@ -73,8 +81,31 @@ def _by_agreement(profile: Profile) -> dict[str, Any]:
     return convergence_indices(profile, by="agreement") if "chance" in profile.measures else {}
 
 
+def _groups(profile: Profile) -> "pandas.DataFrame":
+    """Answers of borderline, right and all examples at every state and after extra steps; "group" says which."""
+    import pandas as pd
+
+    names = ("accuracy", "loss", "entropy")
+    wanted = {*names, *(f"unroll_1_{name}" for name in names)}
+    parts = []
+    for group, part in groups(profile).items():
+        measures = {name: values for name, values in part.measures.items() if name in wanted}
+        parts.append(replace(part, measures=measures).to_pandas().assign(group=group))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _with_true_changes(profile: Profile) -> Profile:
+    """With what each block truly changes in the loss, as `loss_changes` has it, where its dropping was measured."""
+    known = profile.measures
+    if "loss_change" in known or not {"intact_loss", "drop_loss"} <= set(known):
+        return profile
+    values = known["intact_loss"].values - known["drop_loss"].values
+    return replace(profile, measures=known | {"loss_change": replace(known["drop_loss"], values=values)})
+
+
 def write_profile(folder: Path, name: str, profile: Profile) -> None:
     """Write a profile as a table of means and as values per example."""
+    profile = _with_true_changes(profile)
     profile.save(folder / f"{name}.safetensors")
     write_atomically(folder / f"{name}.parquet", lambda path: profile.to_pandas().to_parquet(path, index=False))
 

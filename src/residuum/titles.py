@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from math import fsum
 from typing import Any
 
+from residuum import conclusions
+from residuum.changed import intact, kind
+from residuum.conclusions import bracket, costs, power
 from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
 
 SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
@@ -144,22 +147,47 @@ def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
 
 
 def without(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
-    """Of the chart of accuracies without one block."""
-    (section, index, _), worst = min(trained["drop_accuracy"].items(), key=lambda item: item[1].mean)
-    intact = next(iter(trained["intact_accuracy"].values())).mean
-    name = place(section, index, lengths)
-    return f"Without block {name}, {percent(worst.mean)} of the answers are right; with all blocks {percent(intact)}"
+    """Of the chart of answers without one block."""
+    (section, index, _), worst = min(trained[f"drop_{kind(trained)}"].items(), key=lambda item: item[1].mean)
+    name, whole = place(section, index, lengths), intact(trained, kind(trained)).mean
+    if kind(trained) == "agreement":
+        return f"Without block {name}, {percent(1 - worst.mean)} of the answers change, the most of all blocks"
+    return f"Without block {name}, {percent(worst.mean)} of the answers are right; with all blocks {percent(whole)}"
+
+
+def twice(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of answers with one block run twice."""
+    values = trained[f"repeat_2_{kind(trained)}"]
+    whole = intact(trained, kind(trained)).mean
+    (section, index, _), worst = min(values.items(), key=lambda item: item[1].mean)
+    harmless = sum(value.mean >= whole - SAME for value in values.values())
+    text = f"{harmless} of {len(values)} blocks can run twice at a cost of no more than one point"
+    if harmless == len(values):
+        return text
+    return f"{text}; block {place(section, index, lengths)} {costs(whole - worst.mean)}"
+
+
+def direct(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of cosines with the gradient of the loss that the readout gives right at the state."""
+    values = list(trained["plugin_gradient_cosine"].values())
+    down = sum(value.mean < -2 * value.stderr for value in values)
+    mean = cosine(mean_of(trained, "plugin_gradient_cosine"))
+    return f"Read off right there, {down} of {len(values)} updates point downhill (mean cosine {mean})"
 
 
 def stretch(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
     """Of the chart of local Lipschitz constants."""
-    values = trained["update_lipschitz"]
-    (section, index, _), most = max(values.items(), key=lambda item: item[1].mean)
-    small = sum(value.mean < 1 for value in values.values())
-    return (
-        f"The update of block {place(section, index, lengths)} stretches small changes of the state most, "
-        f"{number(most.mean)} times; {small} of {len(values)} updates shrink all of them"
-    )
+    return bracket(trained)
+
+
+def steepness(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of gradient norms."""
+    return conclusions.steepness(trained)
+
+
+def tail(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+    """Of the chart of growth through the rest of the network."""
+    return conclusions.tail(trained)
 
 
 Title = Callable[[Table, Table | None, Lengths, str], str]
@@ -174,7 +202,11 @@ TITLES: dict[str, Title] = {
     "cuts": cuts,
     "pull": pull,
     "without": without,
+    "twice": twice,
+    "direct": direct,
+    "steepness": steepness,
     "stretch": stretch,
+    "tail": tail,
 }
 
 
@@ -204,6 +236,11 @@ def _half_part(table: Table, lengths: Lengths) -> float:
     return 0.0 if half is None else half / lengths[-1]
 
 
+def _good(table: Table, change: str) -> float:
+    """Mean part of good answers of changed networks: right ones, or unchanged ones where there are no labels."""
+    return mean_of(table, f"{change}_accuracy" if f"{change}_accuracy" in table else f"{change}_agreement")
+
+
 # What is compared under each chart: the beginning of the sentence, the number of one network, and how it is written.
 COMPARED: dict[str, tuple[str, Callable[[Table, Lengths], float], Callable[[float], str]]] = {
     "step": ("Mean step of a block", lambda table, _: mean_of(table, "scaled_perturbation"), percent),
@@ -218,7 +255,19 @@ COMPARED: dict[str, tuple[str, Callable[[Table, Lengths], float], Callable[[floa
     "angle": ("Mean cosine between successive updates", lambda table, _: mean_of(table, "update_angle"), cosine),
     "last": ("Blocks of the last section until half of its way is done", _half_part, percent),
     "pull": ("Mean cosine of update and loss gradient", lambda table, _: mean_of(table, "gradient_cosine"), cosine),
-    "without": ("Right answers without one block, mean", lambda table, _: mean_of(table, "drop_accuracy"), percent),
+    "direct": (
+        "Mean cosine with the gradient read off right there",
+        lambda table, _: mean_of(table, "plugin_gradient_cosine"),
+        cosine,
+    ),
+    "steepness": ("Mean length of the loss gradient", lambda table, _: mean_of(table, "gradient_norm"), number),
+    "without": ("Good answers without one block, mean", lambda table, _: _good(table, "drop"), percent),
+    "twice": ("Good answers with one block run twice, mean", lambda table, _: _good(table, "repeat_2"), percent),
+    "tail": (
+        "Growth from the first state to the last, as a power of ten",
+        lambda table, _: power(min(table["log_tail_product"].items())[1]).mean,
+        number,
+    ),
     "stretch": ("Mean stretching by the updates", lambda table, _: mean_of(table, "update_lipschitz"), number),
 }
 

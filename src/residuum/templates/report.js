@@ -18,9 +18,18 @@
     x: "M5 6l1 -1l3 3l3 -3l1 1l-3 3l3 3l-1 1l-3 -3l-3 3l-1 -1l3 -3z",
   };
   var DASHES = { solid: "", dash: "6 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3" };
+  var FONT = { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 13, color: "#222" };
+  var LABEL = { align: "left", bgcolor: "#fff", bordercolor: "#555", font: { color: "#111", size: 13 } };
   var PRINT_WIDTH = 640; // the text width of A4 and letter pages, with their margins
 
+  // From light to dark, so that the order survives a grey print.
+  function shade(part) {
+    var from = [150, 200, 230], to = [8, 36, 90];
+    return "rgb(" + from.map(function (v, i) { return Math.round(v + (to[i] - v) * part); }).join(",") + ")";
+  }
+
   function style(series) {
+    if (typeof series.shade === "number") return { color: shade(series.shade), fill: "rgba(0,0,0,0)", dash: "solid", symbol: "circle" };
     var base = STYLES[series.style % STYLES.length];
     // An eighth profile takes up the first colour again, with the next one's dash and marker.
     var next = STYLES[(series.style + Math.floor(series.style / STYLES.length)) % STYLES.length];
@@ -42,11 +51,16 @@
 
   function traces(chart, hidden) {
     var drawn = [];
+    if (chart.heat) return [{
+      type: "heatmap", z: chart.heat, x: chart.names, y: chart.names, customdata: chart.hover, hovertemplate: "%{customdata}<extra></extra>",
+      hoverongaps: false, colorscale: [[0, "#08306b"], [0.5, "#6baed6"], [1, "#f7fbff"]], xgap: 1, ygap: 1,
+      colorbar: { tickformat: "~%", thickness: 12, outlinewidth: 1 },
+    }];
     chart.series.forEach(function (series, number) {
       var s = style(series), visible = !hidden[number];
       if (series.low && series.low.length) {
         var area = band(series);
-        if (chart.y.log) area.y = area.y.map(function (v) { return v === null ? null : Math.max(v, 1e-12); });
+        if (chart.y.log) area.y = area.y.map(function (v) { return v === null ? null : Math.max(v, heights(chart)[0] / 1e3); });
         drawn.push({
           type: "scatter", mode: "lines", x: area.x, y: area.y, fill: "toself", fillcolor: s.fill,
           line: { width: 0 }, hoverinfo: "skip", showlegend: false, visible: visible,
@@ -111,6 +125,13 @@
     return found.length > 9 ? found.filter(function (v) { return Math.abs(Math.log10(v) % 1) < 1e-9; }) : found;
   }
 
+  // The smallest and the largest value above zero.
+  function heights(chart) {
+    var values = [];
+    chart.series.forEach(function (s) { values = values.concat(s.y.filter(function (v) { return v !== null && v > 0; })); });
+    return [Math.min.apply(null, values), Math.max.apply(null, values)];
+  }
+
   // The smallest and the largest position from left to right.
   function extent(chart) {
     var low = Infinity, high = -Infinity;
@@ -125,9 +146,9 @@
     };
     if (chart.y.percent) axis.tickformat = "~%";
     if (chart.y.log) {
-      var values = [];
-      chart.series.forEach(function (s) { values = values.concat(s.y.filter(function (v) { return v !== null && v > 0; })); });
-      axis.tickvals = logTicks([Math.min.apply(null, values), Math.max.apply(null, values)]);
+      // Fitted to the curves: the lower end of a band may be at or below zero, infinitely far down.
+      axis.tickvals = logTicks(heights(chart));
+      axis.range = [Math.log10(heights(chart)[0] / 2), Math.log10(heights(chart)[1] * 2)];
       if (!chart.y.percent) axis.ticktext = axis.tickvals.map(String);
     }
     if (chart.y.range) axis.range = chart.y.range;
@@ -140,7 +161,24 @@
     return axis;
   }
 
+  // As square as the page allows; names of blocks are text, not numbers.
+  function table(chart, width) {
+    var axis = { type: "category", automargin: true, showgrid: false, zeroline: false, fixedrange: true, nticks: width < 700 ? 8 : 24, constrain: "domain" };
+    return {
+      width: width, height: height(chart, width), margin: { l: 50, r: 10, t: 10, b: 44 }, paper_bgcolor: "#fff", plot_bgcolor: "#eee",
+      font: FONT, hoverlabel: LABEL, dragmode: false,
+      xaxis: Object.assign({ title: { text: chart.x.title, standoff: 8 } }, axis),
+      yaxis: Object.assign({ title: { text: chart.y.title, standoff: 8 }, autorange: "reversed", scaleanchor: "x" }, axis),
+    };
+  }
+
+  function height(chart, width) {
+    if (chart.heat) return Math.min(width, 540);
+    return chart.height || (width < 700 ? 290 : 350);
+  }
+
   function layout(chart, width) {
+    if (chart.heat) return table(chart, width);
     var shapes = [], notes = [], bands = chart.x.bands || [];
     if (bands.length > 1) bands.forEach(function (b, s) {
       if (s % 2 === 0) shapes.push({
@@ -154,11 +192,10 @@
       });
     });
     return {
-      width: width, height: chart.height || (width < 700 ? 290 : 350),
+      width: width, height: height(chart, width),
       margin: { l: 44, r: 14, t: bands.length > 1 ? 26 : 12, b: 44 },
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", showlegend: false, hovermode: "closest", dragmode: coarse() ? false : "zoom",
-      font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 13, color: "#222" },
-      hoverlabel: { align: "left", bgcolor: "#fff", bordercolor: "#555", font: { color: "#111", size: 13 } },
+      font: FONT, hoverlabel: LABEL,
       xaxis: horizontal(chart, width), yaxis: vertical(chart), shapes: shapes, annotations: notes,
     };
   }
@@ -185,7 +222,7 @@
     var named = chart.series.filter(function (s) { return s.name; });
     if (named.length < 2) return;
     chart.series.forEach(function (series, number) {
-      if (!series.name) return;
+      if (!series.name || series.quiet) return;
       var button = document.createElement("button"), text = document.createElement("span");
       text.textContent = series.name;
       button.type = "button"; button.title = "hide or show this curve";
@@ -200,7 +237,8 @@
     });
   }
 
-  var redraws = page.charts.map(function (chart) {
+  // A chart is drawn when it comes near the window, so that a page of many opens at once; until then its place is kept.
+  var charts = page.charts.map(function (chart) {
     var figure = document.getElementById("chart-" + chart.id), plot = figure.querySelector(".plot");
     var hidden = chart.series.map(function (s) { return Boolean(s.hidden); }), drawn = 0;
     function draw(width) {
@@ -208,14 +246,27 @@
       if (drawn) Plotly.react(plot, traces(chart, hidden), layout(chart, drawn), { displaylogo: false, displayModeBar: false, responsive: false });
     }
     // Above the chart instead of turned at its side: it may be long, and charts on phones are narrow.
-    figure.querySelector(".axis").textContent = chart.y.title && "\u2191 " + chart.y.title;
+    figure.querySelector(".axis").textContent = chart.heat ? "colour: " + chart.label : chart.y.title && "\u2191 " + chart.y.title;
     legend(figure.querySelector(".legend"), chart, hidden, function () { draw(drawn); });
-    return draw;
+    plot.style.minHeight = height(chart, figure.clientWidth || 600) + "px";
+    return { figure: figure, draw: draw, seen: false };
   });
-  function all(width) { redraws.forEach(function (draw) { draw(width); }); }
+  function all(width) { charts.forEach(function (chart) { chart.seen = true; chart.draw(width); }); }
+  var observer = new IntersectionObserver(function (entries) {
+    entries.forEach(function (entry) {
+      var chart = charts.filter(function (c) { return c.figure === entry.target; })[0];
+      if (!entry.isIntersecting || chart.seen) return;
+      chart.seen = true;
+      chart.draw();
+    });
+  }, { rootMargin: "600px" });
+  charts.forEach(function (chart) { observer.observe(chart.figure); });
 
   var waiting, closed = [];
-  window.addEventListener("resize", function () { clearTimeout(waiting); waiting = setTimeout(function () { all(); }, 150); });
+  window.addEventListener("resize", function () {
+    clearTimeout(waiting);
+    waiting = setTimeout(function () { charts.forEach(function (chart) { if (chart.seen) chart.draw(); }); }, 150);
+  });
   window.addEventListener("beforeprint", function () {
     closed = Array.prototype.filter.call(document.querySelectorAll("details"), function (d) { return !d.open; });
     closed.forEach(function (d) { d.open = true; });
@@ -223,7 +274,6 @@
   });
   window.addEventListener("afterprint", function () {
     closed.forEach(function (d) { d.open = false; });
-    all();
+    charts.forEach(function (chart) { chart.draw(); });
   });
-  all();
 })();
