@@ -9,7 +9,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -49,27 +49,34 @@ def _serve(side: Side, pipe: Connection) -> None:
 
 
 def ratio(ours: Side, theirs: Side, *, pairs: int = 9) -> tuple[float, float]:
-    """Median over interleaved pairs of the time of `ours` over that of `theirs`, and the median seconds of `theirs`.
+    """Median over interleaved pairs of the time of `ours` over that of `theirs`, and the median seconds of `theirs`."""
+    (found,), base = ratios((ours,), theirs, pairs=pairs)
+    return found, base
 
-    The order within a pair alternates; two warm-up pairs are not counted; garbage is collected outside the timing.
+
+def ratios(sides: Sequence[Side], theirs: Side, *, pairs: int = 9) -> tuple[list[float], float]:
+    """As `ratio` for several sides in turn with the same `theirs`, once per round.
+
+    The order within a round alternates; two warm-up rounds are not counted; garbage is collected outside the timing.
     """
     context = multiprocessing.get_context("spawn")
     pipes, workers = [], []
-    for side in (ours, theirs):
+    for side in (*sides, theirs):
         here, there = context.Pipe()
         workers.append(context.Process(target=_serve, args=(side, there), daemon=True))
         workers[-1].start()
         pipes.append(here)
-    times: list[list[float]] = [[], []]
-    for pair in range(pairs + 2):
-        for which in (0, 1) if pair % 2 else (1, 0):
+    times: list[list[float]] = [[] for _ in pipes]
+    for turn in range(pairs + 2):
+        for which in range(len(pipes))[:: 1 if turn % 2 else -1]:
             pipes[which].send(True)
             times[which].append(pipes[which].recv())
     for pipe, worker in zip(pipes, workers, strict=True):
         pipe.send(False)
         worker.join()
-    mine, base = times[0][2:], times[1][2:]
-    return statistics.median(a / b for a, b in zip(mine, base, strict=True)), statistics.median(base)
+    *found, base = (seconds[2:] for seconds in times)
+    medians = [statistics.median(a / b for a, b in zip(mine, base, strict=True)) for mine in found]
+    return medians, statistics.median(base)
 
 
 def heading(pairs: int) -> str:

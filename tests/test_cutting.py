@@ -1,6 +1,8 @@
 """Cutting foreign models: what is found equals the model, the model notices nothing, and wrong cuts are refused."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -191,6 +193,17 @@ def test_many_batches_are_recorded_with_one_proof() -> None:
             assert torch.equal(stream.run().output, model(part))
     # First batch: observe, record, prove; every batch: record once, run once, and the model itself once.
     assert calls["head"] == 2 + 3 * 3
+
+
+def test_the_states_of_the_proof_are_let_go() -> None:
+    model, x = Loop().eval(), torch.randn(2, 5)
+    states: list[weakref.ref[Tensor]] = []
+    model.cell.register_forward_hook(lambda module, args, output: states.append(weakref.ref(output)))
+    streams = cut_all(model, (x, x))
+    assert sum(next(streams).lengths) == 4
+    assert len(states) > 4
+    gc.collect()
+    assert not [state for state in states if state() is not None]
 
 
 def test_blocks_can_be_named() -> None:

@@ -87,12 +87,17 @@ def cut_all(model: nn.Module, inputs: Iterable[Any], blocks: Sequence[str] | Non
             if stream is not None:
                 twin = model
             elif twin is None:
-                copied, observed, output = find(model, x, blocks)
-                twin = Twin(copied, {id(call.module): call.name for call in observed})
-                stream = _proved(twin, x, observed, output_of(output))
+                twin, stream = _found(model, x, blocks)
             else:
                 stream = _stream(twin, record(twin, x, changed=False), x)
         yield stream
+
+
+def _found(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[Twin, Stream]:
+    """The twin and its first stream, proved; the states of the proof are let go."""
+    copied, observed, output = find(model, x, blocks)
+    twin = Twin(copied, {id(call.module): call.name for call in observed})
+    return twin, _proved(twin, x, observed, output_of(output))
 
 
 def _own(model: nn.Module, x: Any, blocks: Sequence[str] | None, *, prove: bool) -> Stream | None:
