@@ -18,8 +18,8 @@ from benchmarks.streams import Plain
 from benchmarks.timing import Side, Work, heading, ratio, row
 from residuum.checkpoints import Progress
 from residuum.data import ClutterConfig, ImageSet, Preparation, Splits, TrainingImages, digitclutter
-from residuum.layers.sharing import Sharing
 from residuum.layers.coupling import Coupling
+from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.training import Job, TrainConfig, label_loss

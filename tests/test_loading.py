@@ -119,6 +119,7 @@ def test_a_hugging_face_folder_with_its_constants(tmp_path: Path) -> None:
     loaded = load_model(f"hf:{hf_folder(tmp_path, processor=processor)}")
     assert loaded.reads == Reads((16, 16), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
     assert loaded.classes == ("cat", "dog", "owl")
+    assert loaded.name == f"hf:{tmp_path.name}"
     assert not loaded.fresh
     assert not loaded.model.training
 

@@ -238,16 +238,17 @@ def _function(name: str, weights: str) -> LoadedModel:
 
 def _of_a_zoo(kind: str, name: str, weights: str, classes: int | None, seed: int) -> LoadedModel:
     """A network of torchvision, timm or transformers."""
+    shown = f"{kind}:{Path(name).name if Path(name).is_dir() else name}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights == "pretrained":
             found = find(kind, name, pretrained=True, classes=None)
-            return LoadedModel(found.model, f"{kind}:{name}", found.weights, found.reads, found.classes)
+            return LoadedModel(found.model, shown, found.weights, found.reads, found.classes)
         if weights == "random":
             found = find(kind, name, pretrained=False, classes=classes)
-            return LoadedModel(found.model, f"{kind}:{name}", f"random, seed {seed}", found.reads, fresh=True)
+            return LoadedModel(found.model, shown, f"random, seed {seed}", found.reads, fresh=True)
         found = _with_file(kind, name, Path(weights), classes)
-        return LoadedModel(found.model, f"{kind}:{name}", weights, found.reads)
+        return LoadedModel(found.model, shown, weights, found.reads)
 
 
 def _with_file(kind: str, name: str, path: Path, classes: int | None) -> Found:

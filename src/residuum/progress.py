@@ -1,11 +1,11 @@
-"""Progress bars for long work, on the error stream, with images per second and time left."""
+"""Progress bars for long work, on the error stream, with examples per second and time left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
-Show = Callable[[int, str], None]  # images done so far; what is going on
-Bar = Callable[[str, int], AbstractContextManager[Show]]  # title; images in all
+Show = Callable[[int, str], None]  # examples done so far; what is going on
+Bar = Callable[[str, int], AbstractContextManager[Show]]  # title; examples in all
 
 
 @contextmanager
@@ -14,10 +14,10 @@ def bar(title: str, total: int) -> Iterator[Show]:
 
     Args:
         title: What is being done.
-        total: Number of images in all.
+        total: Number of examples in all.
 
     Yields:
-        A function of the number of images done so far and a line that may replace the title; "" keeps it.
+        A function of the number of examples done so far and a line that may replace the title; "" keeps it.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,7 +34,7 @@ def bar(title: str, total: int) -> Iterator[Show]:
         start = perf_counter()
 
         def show(done: int, text: str = "") -> None:
-            rate = f"{done / (perf_counter() - start):,.0f} images/s"
+            rate = f"{done / (perf_counter() - start):,.0f} examples/s"
             progress.update(task, completed=done, description=text or title, rate=rate)
 
         yield show
