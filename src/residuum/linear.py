@@ -212,8 +212,10 @@ class Mixture:
     def step(self, step: int, fx: Tensor, g: Tensor, fx_before: Tensor, g_before: Tensor, mixed: Tensor) -> Tensor:
         """Where to go from fx; fx itself in the rows that are not mixed, which leave no differences behind."""
         slot = step % self.gram.shape[1]  # not a count of calls: when others began must not change the order of sums
-        self.df[:, slot] = (fx - fx_before).masked_fill_(~mixed[:, None], 0)
-        self.dg[:, slot] = (g - g_before).masked_fill_(~mixed[:, None], 0)
+        for differences, now, before in ((self.df, fx, fx_before), (self.dg, g, g_before)):
+            torch.sub(now, before, out=differences[:, slot])
+            if not mixed.all():
+                differences[:, slot].masked_fill_(~mixed[:, None], 0)
         self.gram[:, slot] = self.gram[:, :, slot] = _dot(self.dg, self.dg[:, slot, None])
         size = self.gram.diagonal(dim1=1, dim2=2).sqrt()
         empty = size == 0
@@ -250,34 +252,41 @@ def _refine(cycle: Cycle, A: Map, b: Tensor, tol: float, max_steps: int) -> tupl
 
 
 def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(I - A) d = r for the rows with steps left, until the residual of the recursion is small or it breaks down."""
+    """(I - A) d = r for the rows with steps left, until the residual of the recursion is small or it breaks down.
+
+    Rows that A contracts well at once take alpha = omega = 1 and p = r, which makes the recursion the Neumann series.
+    """
     shadow, p, d, rho = r, r, torch.zeros_like(r), _dot(r, r)
-    steps, products, active = torch.zeros_like(left), 0, left > 0
+    steps, products, active, plain = torch.zeros_like(left), 0, left > 0, None
     while active.any():
         steps += active
-        q = p - A(p)
-        alpha = _ratio(rho, _dot(shadow, q), active)
+        image = A(p)
+        products += 1
+        if plain is None:
+            plain = _norm(image) <= MIXED_FROM * _norm(p)
+        q = p - image
+        alpha = _ratio(rho, _dot(shadow, q), active, plain)
         d = torch.addcmul(d, alpha, p)
         s = torch.addcmul(r, alpha, q, value=-1)
-        products += 1
         half = active & (_norm(s) > target)
         if not half.any():
             break
         t = s - A(s)
         products += 1
-        omega = _ratio(_dot(t, s), _dot(t, t), half)
+        omega = _ratio(_dot(t, s), _dot(t, t), half, plain)
         d = torch.addcmul(d, omega, s)
         r = torch.addcmul(s, omega, t, value=-1)
         last, rho = rho, _dot(shadow, r)
-        beta = _ratio(rho, last, half) * _ratio(alpha[:, 0], omega[:, 0], half)
-        p = r + beta * (p - omega * q)
-        active = half & (_norm(r) > target) & (beta[:, 0] != 0) & (steps < left)
+        beta = _ratio(rho, last, half & ~plain) * _ratio(alpha[:, 0], omega[:, 0], half)
+        p = torch.addcmul(r, beta, torch.addcmul(p, omega, q, value=-1))
+        active = half & (_norm(r) > target) & (plain | (beta[:, 0] != 0)) & (steps < left)
     return d, steps, products
 
 
-def _ratio(a: Tensor, b: Tensor, where: Tensor) -> Float[Tensor, "example 1"]:
-    """a / b as a column; 0 in the other rows and where it is not finite."""
-    return torch.where(where, a / b, 0).nan_to_num(0, 0, 0)[:, None]
+def _ratio(a: Tensor, b: Tensor, where: Tensor, one: Tensor | None = None) -> Float[Tensor, "example 1"]:
+    """a / b as a column, 1 in some rows; 0 elsewhere and where it is not finite."""
+    ratio = a / b if one is None else (a / b).masked_fill(one, 1)
+    return torch.where(where, ratio, 0).nan_to_num(0, 0, 0)[:, None]
 
 
 def _gmres(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
