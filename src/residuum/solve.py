@@ -21,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
 from residuum.linear import GMRES, BiCGStab, LinearSolver, Map, Neumann, Record
-from residuum.solvers import Anderson, NewtonKrylov, Picard, Solver, constant, products, transforms
+from residuum.solvers import Anderson, Linearised, NewtonKrylov, Picard, Solver, constant, linearise, transforms
 
 __all__ = [
     "GMRES",
@@ -158,8 +158,8 @@ class _Recorded:
         self.last = None
         x = self.rows.shaped(r)
         if self.recording and not torch.is_grad_enabled():  # a solver that differentiates f needs it as it is
-            self.at, self.last = r, products(self._checked, x)
-            return self.rows.flat(self.last[0].detach())
+            self.at, self.last = r, linearise(self._checked, x)
+            return self.rows.flat(self.last.value.detach())
         return self.rows.flat(self._checked(x))
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -177,12 +177,11 @@ class _Recorded:
 def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: LinearSolver, throw: bool) -> Solution:
     """The solution, found as the rows `at`, with derivatives in everything that f captures, if that asks for any."""
     y, rows, count = solution.value, f.rows, solution.evaluations
-    if f.last is not None and f.at is at:
-        first, pull, push = f.last
-    else:
-        first, pull, push = products(f.f, y)
+    at_y = f.last
+    if at_y is None or f.at is not at:
+        at_y = linearise(f.f, y)
         count += 1
-    if not _depends(first):
+    if not _depends(at_y):
         return replace(solution, evaluations=count)
 
     def inverse(product: Map, g: Tensor) -> Tensor:
@@ -196,24 +195,26 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
         with constant():
             return of(v)
 
+    push, pull = at_y.push, at_y.pull
     maps = _Maps(partial(product, push), partial(product, pull), partial(inverse, push), partial(inverse, pull))
-    once = _Once.apply(first, y, maps)
-    value = _Twice.apply(first, f.f(once), once, maps)
+    once = _Once.apply(at_y.value, y, maps)
+    value = _Twice.apply(at_y.value, f.f(once), once, maps)
     return replace(solution, value=value, evaluations=count + 1)
 
 
-def _depends(first: Tensor) -> bool:
-    """Whether f(y), recorded at a leaf, depends on more than that leaf; under forward mode and transforms it may."""
-    if forward_ad._current_level >= 0 or transforms():
+def _depends(at_y: Linearised) -> bool:
+    """Whether f(y) depends on more than its leaf; under forward mode and transforms it may."""
+    if at_y.leaf is None or forward_ad._current_level >= 0:
         return True
-    seen, todo, leaves = set(), [first.grad_fn], 0
-    while todo and leaves < 2:
+    seen, todo = set(), [at_y.value.grad_fn]
+    while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            leaves += not node.next_functions
+            if not node.next_functions and getattr(node, "variable", None) is not at_y.leaf:
+                return True
             todo += [after for after, _ in node.next_functions]
-    return leaves == 2
+    return False
 
 
 @dataclass(frozen=True, eq=False)
