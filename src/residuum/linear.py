@@ -225,7 +225,7 @@ def iterate(
             if mixture is not None:
                 new = mixture.step(step, fx, g, *before[:2], mixed)
         before = fx, g, progress.size
-        x = new if working == len(x) else torch.where(progress.active[:, None], new, x)
+        x = new if working == x.shape[0] else torch.where(progress.active[:, None], new, x)
         progress.steps += progress.active
     return x, progress.record(step + 1)
 
@@ -245,8 +245,7 @@ class Mixture:
         """Where to go from fx; fx itself in the rows that are not mixed, which leave no differences behind."""
         slot = step % self.gram.shape[1]  # not a count of calls: when others began must not change the order of sums
         dg = g - g_before
-        length = _norm(dg)
-        factor = length.reciprocal().masked_fill(~mixed | (length == 0), 0)[:, None]
+        factor = (mixed / _norm(dg).clamp_min(1e-20))[:, None]
         torch.mul(dg, factor, out=self.dg[:, slot])
         torch.mul(fx - fx_before, factor, out=self.df[:, slot])
         self.gram[:, slot] = self.gram[:, :, slot] = _dot(self.dg, self.dg[:, slot, None]).double()
@@ -254,8 +253,8 @@ class Mixture:
         right = _dot(self.dg, g[:, None]).double()
         gamma = torch.linalg.solve_ex(self.gram, right[:, :, None])[0].to(fx.dtype)
         new = fx.clone()
-        for i in range(gamma.shape[1]):
-            new.addcmul_(gamma[:, i], self.df[:, i], value=-1)
+        for weight, df in zip(gamma.unbind(1), self.df.unbind(1), strict=True):
+            new.addcmul_(weight, df, value=-1)
         return new
 
 
@@ -270,19 +269,21 @@ def _refine(cycle: Cycle, A: Map, b: Tensor, settings: LinearSolver) -> tuple[Te
     """
     b, size = scaled(b)
     progress = Progress(b, settings.tol, most=_most(settings.tol))
-    v, r, products = torch.zeros_like(b), b, 0
-    progress.note(r, v)
-    while True:
+    v, r, scale, products = torch.zeros_like(b), b, torch.ones_like(size), 0
+    working = progress.note(r, v)
+    while working:
         left = (settings.max_steps - progress.steps) * progress.active
         if not left.any():
-            return v * size, progress.record(products)
-        r, scale = scaled(progress.kept(r))
-        d, steps, used = cycle(A, r, settings.tol * (1 + _norm(v).clamp_max(progress.most)) / scale[:, 0], left)
+            break
+        target = settings.tol * (1 + _norm(v).clamp_max(progress.most)) / scale[:, 0]
+        d, steps, used = cycle(A, r, target, left)
         v = torch.addcmul(v, d, scale)
         r = b + A(v) - v
         products += used + 1
         progress.steps += steps
-        progress.note(r, v)
+        working = progress.note(r, v)
+        r, scale = scaled(progress.kept(r)) if working else (r, scale)
+    return v * size, progress.record(products)
 
 
 def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -294,13 +295,14 @@ def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, 
     plain = _norm(image) <= MIXED_FROM * _norm(r)
     if plain.all():
         return _neumann(A, r, image, target, left)
+    plain = plain if plain.any() else None
     shadow, p, rho = r, r, _dot(r, r)
     d, steps, products = torch.zeros_like(r), active.long(), 1
     while True:
         q = p - image
         alpha = _ratio(rho, _dot(shadow, q), active, plain)
         d = torch.addcmul(d, alpha, p)
-        s = torch.where(plain[:, None], image, torch.addcmul(r, alpha, q, value=-1))
+        s = _either(plain, image, torch.addcmul(r, alpha, q, value=-1))
         active = active & (_norm(s) > target) & (steps < left)
         if not active.any():
             return d, steps, products
@@ -308,14 +310,19 @@ def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, 
         t = s - image
         omega = _ratio(_dot(t, s), _dot(t, t), active, plain)
         d = torch.addcmul(d, omega, s)
-        r = torch.where(plain[:, None], image, torch.addcmul(s, omega, t, value=-1))
+        r = _either(plain, image, torch.addcmul(s, omega, t, value=-1))
         active = active & (_norm(r) > target) & (steps < left)
         if not active.any():
             return d, steps, products
         last, rho = rho, _dot(shadow, r)
-        beta = _ratio(rho * alpha[:, 0], last * omega[:, 0], active & ~plain)
-        p = torch.addcmul(r, beta, torch.addcmul(p, omega, q, value=-1))
+        beta = _ratio(rho * alpha[:, 0], last * omega[:, 0], active)
+        p = _either(plain, r, torch.addcmul(r, beta, torch.addcmul(p, omega, q, value=-1)))
         image, steps, products = A(p), steps + active, products + 1
+
+
+def _either(plain: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a in the plain rows, b in the others."""
+    return b if plain is None else torch.where(plain[:, None], a, b)
 
 
 def _neumann(A: Map, r: Tensor, image: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
