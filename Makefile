@@ -35,6 +35,7 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.streams
 	$(ONE) $(BIN)/python -m benchmarks.probes
 	$(ONE) $(BIN)/python -m benchmarks.training
+	$(ONE) $(BIN)/python -m benchmarks.solve
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
 
 clean:

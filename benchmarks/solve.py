@@ -2,11 +2,12 @@
 
 The block is y = x + (F(x) + F(y)) / 2. F is the worst case of a field with Lipschitz constant 1 (an orthogonal matrix
 on both sides of tanh), the same with 1.8 ("stiff"), or two convolutions of norm 1. Both sides start at x + F(x) in
-float32 and solve to a relative residual of 1e-6; values and gradients are first compared with float64. torchdeq's is its
-best solver, found anew on each problem. One thread, processor time (see timing.py).
+float32 and solve to a relative residual of 1e-6; values and gradients are first compared with float64. torchdeq's is
+its best solver, found anew on each problem. One thread, processor time (see timing.py).
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -96,7 +97,14 @@ def error(found: list[Tensor], true: list[Tensor]) -> float:
 
 
 def side(problem: str, solve: Callable[..., Tensor]) -> Work:
-    return block(problem, solve)
+    """Ten in turn: one of the small blocks takes too little time to be measured after a change of process."""
+    work = block(problem, solve)
+
+    def ten() -> None:
+        for _ in range(10):
+            work()
+
+    return ten
 
 
 def best(problem: str) -> str:
@@ -115,16 +123,76 @@ def best(problem: str) -> str:
     return min(times, key=times.__getitem__)
 
 
+def layer() -> tuple[Tensor, Callable[[], Tensor]]:
+    """y = tanh(W y) + x with |W| = 0.9 and 64 x 128 values in float64, solved to 1e-10."""
+    W = torch.randn(128, 128, dtype=torch.float64)
+    W = (0.9 * W / torch.linalg.matrix_norm(W, 2)).requires_grad_()
+    x = torch.randn(64, 128, dtype=torch.float64)
+    return W, lambda: fixed_point(lambda y: torch.tanh(y @ W.T) + x, x, Anderson(1e-10, 200)).value
+
+
+def first_derivative() -> Work:
+    W, solve = layer()
+    return lambda: torch.autograd.grad(solve().square().sum(), W)
+
+
+def second_derivative() -> Work:
+    """The gradient of the gradient's size: solve, backward, backward of that."""
+    W, solve = layer()
+
+    def work() -> Tensor:
+        (g,) = torch.autograd.grad(solve().square().sum(), W, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), W)[0]
+
+    return work
+
+
+def euler(channels: int, size: int) -> Work:
+    """Backward Euler of one convolutional state, y = x + F(y) / 2 with F of norm 1, forward and backward."""
+    field = Convolutions(channels)
+    x = torch.randn(1, channels, size, size)
+
+    def work() -> object:
+        y = fixed_point(lambda y: x + field(y) / 2, x, Anderson(TOLERANCE)).value
+        return torch.autograd.grad(y.sum(), tuple(field.parameters()))
+
+    return work
+
+
+ALONE: dict[str, tuple[Callable[[], Work], float]] = {
+    "gradient, 64 x 128 values, contraction 0.9, float64, to 1e-10": (first_derivative, 0.021),
+    "second derivative of that": (second_derivative, 0.1),
+    "backward Euler, one state of 4,096 values": (partial(euler, 16, 16), 0.02),
+    "backward Euler, one state of 524,288 values": (partial(euler, 32, 128), 0.5),
+}
+
+
+def alone(repeats: int) -> None:
+    """Print what has no peer to run beside it: medians in seconds."""
+    print("\n| alone | s | limit |\n| --- | --- | --- |")
+    for name, (make, limit) in ALONE.items():
+        torch.manual_seed(0)
+        work, times = make(), []
+        for _ in range(repeats + 2):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+        seconds = statistics.median(times[2:])
+        print(f"| {name} | {seconds:.3f}{' **over**' * (seconds > limit)} | {limit} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    alone(options.pairs)
     if not find_spec("torchdeq"):
         print("torchdeq is not installed: skipped (pip install residuum[peers])")
         return
-    torch.set_num_threads(1)
+    print()
     print(heading(options.pairs))
     for problem in options.problems:
         wrong = error(block(problem, ours)(), truth(problem))

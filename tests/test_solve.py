@@ -214,6 +214,20 @@ def test_an_answer_and_its_gradient_do_not_depend_on_the_neighbours(name: str, d
         assert torch.equal(changed_gradient[2], gradient[2])
 
 
+def test_mixing_that_begins_late_does_not_depend_on_the_neighbours() -> None:
+    """Of the row looked at the slow directions show late; it then has no differences from before, whoever had them."""
+    A = contractions(4, 40, 0.9, 1)
+    A[0] = torch.block_diag(A[0, :20, :20] / 20, A[0, 20:, 20:] * 1.2)
+    b = torch.randn(4, 40, dtype=torch.float64)
+    b[0, 20:] *= 1e-2
+    for steps in range(5, 12):
+        found = []
+        for N, c in ((A[:1].repeat(4, 1, 1), b[:1].repeat(4, 1)), (A, b)):
+            solver = Anderson(TIGHT, steps)
+            found.append(fixed_point(lambda x, N=N, c=c: times(N, x) + c, torch.zeros_like(b), solver, throw=False))
+        assert torch.equal(found[0].value[0], found[1].value[0])
+
+
 @pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR)
 def test_linear_answers_do_not_depend_on_the_neighbours(linear: LinearSolver) -> None:
     A, b = contractions(6, 5, 0.6, 1), torch.randn(6, 5, dtype=torch.float64)
@@ -254,7 +268,7 @@ def test_an_empty_batch_has_an_empty_solution() -> None:
     ("name", "adjoint"), [("picard", None), ("newton", None), ("anderson", None), *(("anderson", a) for a in LINEAR)]
 )
 def test_gradcheck_and_gradgradcheck(name: str, adjoint: str | None) -> None:
-    W, c = problem(2, 3, radius=0.5)
+    W, c = problem(2, 2, radius=0.5)
 
     def solve(W: Tensor, c: Tensor) -> Tensor:
         return fixed_point(field(W, c), torch.zeros_like(c), SOLVERS[name], adjoint=LINEAR.get(adjoint)).value

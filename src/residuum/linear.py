@@ -219,7 +219,8 @@ def iterate(
             break
         new = fx
         if step and memory:
-            mixed = mixed | (progress.active & (progress.size > MIXED_FROM * before[2]))
+            if not mixed.all():
+                mixed = mixed | (progress.active & (progress.size > MIXED_FROM * before[2]))
             if mixture is None and mixed.any():
                 mixture = Mixture(x, memory)
             if mixture is not None:
@@ -239,7 +240,7 @@ class Mixture:
     def __init__(self, like: Float[Tensor, "example n"], memory: int) -> None:
         rows, n = like.shape
         self.df, self.dg = like.new_zeros(2, rows, memory, n)
-        self.gram = torch.eye(memory, dtype=torch.float64, device=like.device).repeat(rows, 1, 1)
+        self.gram = torch.eye(memory, dtype=torch.float64, device=like.device).expand(rows, -1, -1).clone()
 
     def step(self, step: int, fx: Tensor, g: Tensor, fx_before: Tensor, g_before: Tensor, mixed: Tensor) -> Tensor:
         """Where to go from fx; fx itself in the rows that are not mixed, which leave no differences behind."""
