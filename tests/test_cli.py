@@ -298,12 +298,21 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
         "unroll_1_loss",
         "update_lipschitz",
         "margin",
+        "loss_change",
+        "unroll_0.05_loss",
     } <= quantities
+    groups = pd.read_parquet(out / "groups.parquet")
+    assert set(groups.group) == {"borderline", "correct", "all"}
+    assert {"accuracy", "unroll_1_loss"} <= set(groups.quantity)
     page = (out / "report.html").read_text()
     for title in (
         "updates point downhill on the loss",
         "of the answers are right; with all blocks",
-        "stretches small changes",
+        "Updates stretch small changes",
+        "Run 20 more times",
+        "Run on and on, the last block would",
+        "Leaving out the first blocks",
+        "Is it one repeated step?",
     ):
         assert title in page
     found = json.loads((out / "indices.json").read_text())
