@@ -318,6 +318,8 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
     found = json.loads((out / "indices.json").read_text())
     assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
     assert found["initial_convergence"].keys() == found["convergence"].keys()
+    again = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "6", "--force"]
+    assert main(again) == 0  # everything in the folder is known to be ours
 
 
 def test_text_is_read_with_the_tokenizer_that_belongs_to_the_weights(tmp_path: Path) -> None:

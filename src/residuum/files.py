@@ -21,6 +21,7 @@ OURS = frozenset(
         "history.json",
         "profile.parquet",
         "initial.parquet",
+        "groups.parquet",
         "profile.safetensors",
         "initial.safetensors",
         "indices.json",
