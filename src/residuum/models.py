@@ -112,7 +112,8 @@ class Residual(nn.Module):
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        return Block(name, self, None if hooked else self.branch)
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2)
+        return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """The next state."""
