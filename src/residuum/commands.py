@@ -253,7 +253,7 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
             raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
         config = network_of(flags.network, channels=channels, classes=classes)
     alike = float(flags.couple > 0) if flags.alike is None else flags.alike
-    limit = None if flags.limit is None else Limit(flags.limit, max(size), flags.limit_norm)
+    limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
     config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)
     if flags.sharing == "none":
         return config

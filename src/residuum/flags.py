@@ -67,8 +67,8 @@ class Train:
         couple: Strength in [0, 1] with which the gradients of each section's blocks are coupled; 1 trains all alike.
         couple_norms: Couple batch norm, too, and keep one set of statistics: with strength 1 one recurrent block.
         alike: How alike the blocks of a section start: 0 independent, 1 equal; as alike as can be if coupled.
-        limit: Lipschitz bound on the branch of each block; batch norm is clipped.
-        limit_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
+        lipschitz: Lipschitz bound on the branch of each block; batch norm is clipped.
+        lipschitz_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -100,8 +100,8 @@ class Train:
     couple: float = 0.0
     couple_norms: bool = False
     alike: float | None = None
-    limit: float | None = None
-    limit_norm: Literal["clipped", "allowed"] = "clipped"
+    lipschitz: float | None = None
+    lipschitz_norm: Literal["clipped", "allowed"] = "clipped"
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection", "pool"] = "separate"
