@@ -23,6 +23,7 @@ _HOMES = {
     "ResNetConfig": "models",
     "Sharing": "layers.sharing",
     "Coupling": "layers.coupling",
+    "achieved_sharing": "layers.coupling",
     "couple_gradients_": "layers.coupling",
     "tied": "layers.coupling",
     "Limit": "layers.lipschitz",
