@@ -153,9 +153,9 @@ def _shown(key: str, curves: Sequence[Curve]) -> list[Curve]:
                 name=f"{curve.name}: upper bound",
                 table={"update_lipschitz": curve.table["update_lipschitz_bound"]},
                 style=curve.style + 4,
-                hidden=i > 0,
+                hidden=curve.hidden or curve.fresh,
             )
-            for i, curve in enumerate(curves)
+            for curve in curves
             if "update_lipschitz_bound" in curve.table
         ]
         return [*(replace(c, name=f"{c.name}: from below") if bounds else c for c in curves), *bounds]
