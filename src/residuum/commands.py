@@ -244,6 +244,16 @@ def _tokenizer(flags: options.Probe) -> Any:
 
 def _network(flags: options.Train, channels: int, classes: int, size: Sequence[int]) -> ResNetConfig:
     """The network that the options of `train` describe."""
+    idle = {
+        "--couple-norms needs --couple": flags.couple_norms and not flags.couple,
+        "--lipschitz-norm needs --lipschitz": flags.lipschitz_norm != "clipped" and flags.lipschitz is None,
+        "--free needs --sharing": flags.free != options.Train.free and flags.sharing == "none",
+        "blocks that share their weights cannot be coupled: leave out --couple or --sharing": flags.couple
+        and flags.sharing != "none",
+    }
+    for problem, present in idle.items():
+        if present:
+            raise ValueError(problem)
     own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
     if flags.network is None:
         config = ResNetConfig(**own, channels=channels, classes=classes)
