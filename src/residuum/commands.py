@@ -244,6 +244,14 @@ def _tokenizer(flags: options.Probe) -> Any:
 
 def _network(flags: options.Train, channels: int, classes: int, size: Sequence[int]) -> ResNetConfig:
     """The network that the options of `train` describe."""
+    own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
+    if flags.network is None:
+        config = ResNetConfig(**own, channels=channels, classes=classes)
+    else:
+        given = [name for name, value in own.items() if value != getattr(options.Train, name)]
+        if given:
+            raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
+        config = network_of(flags.network, channels=channels, classes=classes)
     idle = {
         "--couple-norms needs --couple": flags.couple_norms and not flags.couple,
         "--lipschitz-norm needs --lipschitz": flags.lipschitz_norm != "clipped" and flags.lipschitz is None,
@@ -254,14 +262,6 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
     for problem, present in idle.items():
         if present:
             raise ValueError(problem)
-    own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
-    if flags.network is None:
-        config = ResNetConfig(**own, channels=channels, classes=classes)
-    else:
-        given = [name for name, value in own.items() if value != getattr(options.Train, name)]
-        if given:
-            raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
-        config = network_of(flags.network, channels=channels, classes=classes)
     alike = float(flags.couple > 0) if flags.alike is None else flags.alike
     limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
     config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)

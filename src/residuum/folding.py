@@ -51,9 +51,7 @@ def fold_coupled(model: ResNet, data: Splits, *, couple: str = "weights", loss: 
         raise ValueError("fold_coupled needs model.eval()")
     if model.config.sharing is not None or max(map(len, model.sections)) < 2:
         raise ValueError("fold_coupled needs sections of at least 2 blocks with weights of their own")
-    # What shapes the first blocks does not share: only the blocks of a section do.
-    inside = max(int(model.config.shapes_inside(s)) for s in range(len(model.sections)))
-    sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=inside)
+    sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=0)
     new = copy.deepcopy(model)
     alike = []
     for s, blocks in enumerate(model.sections):

@@ -97,10 +97,10 @@ class ResNetConfig:
             self._check(self.sharing)
 
     def _check(self, sharing: Sharing) -> None:
-        lengths = [n - self.shapes_inside(s) for s, n in enumerate(self.blocks)]
-        patterns = [sharing.pattern(n, before=self.blocks[s] - n) for s, n in enumerate(lengths)]
-        if all(len(set(pattern)) == len(pattern) for pattern in patterns):
-            raise ValueError(f"sharing leaves {sharing.free} blocks free, so with blocks {self.blocks} no two share")
+        if max(self.blocks) <= sharing.free:
+            raise ValueError(
+                f"sharing leaves {sharing.free} blocks free, so with blocks {self.blocks} nothing is shared"
+            )
         if self.norm != "batch" and not sharing.naive:
             raise ValueError(f"there is no batch norm to unshare with norm {self.norm!r}; share all of it")
 

@@ -149,7 +149,9 @@ def _reset(model: nn.Module) -> nn.Module:
         computed = "parametrizations" in left[0]
         why = "are computed by a parametrization" if computed else "belong to modules without reset_parameters"
         names = ", ".join(left[:3])
-        raise NoNullModel(f"there is no null model: {len(left)} parameters of {type(model).__name__} {why}: {names}")
+        raise NoNullModel(
+            f"there is no null model: {len(left)} parameters of {type(model).__name__} {why}, among them {names}"
+        )
     return model
 
 
