@@ -31,6 +31,7 @@ _HOMES = {
     "export": "layers.lipschitz",
     "share": "layers.sharing",
     "fold": "layers.sharing",
+    "fold_coupled": "folding",
     "load_model": "loading",
     "watch": "curves",
     "calibrate_": "nulls",

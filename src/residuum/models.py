@@ -40,6 +40,8 @@ class ResNetConfig:
         sharing: Which blocks share their weights; None: each has its own.
         alike: How alike the weights of a section's blocks start: 0 independent, 1 equal, between them mixtures of own
             and common weights (`mix_weights_`).
+        relaxed: beta in (0, 1]: the two convolutions and norms are a map G, and a block is `h + beta (G(h) - h)`. With
+            a limit below 1 on G every block is then a contraction (ours). None: the branch is the map itself.
         limit: Lipschitz limit of the branches of residual blocks (those that change the shape are left alone).
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
@@ -58,6 +60,7 @@ class ResNetConfig:
     norm: str = "batch"
     sharing: Sharing | None = None
     alike: float = 0.0
+    relaxed: float | None = None
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
@@ -78,12 +81,18 @@ class ResNetConfig:
                 raise ValueError(f"{name} is {given!r}; allowed are {allowed}")
         if self.transition == "pool" and len({self.first, *self.widths}) > 1:
             raise ValueError(f"transition 'pool' changes no width, but stem and widths are {self.first}, {self.widths}")
+        if self.relaxed is not None and not 0 < self.relaxed <= 1:
+            raise ValueError(f"relaxed is {self.relaxed}; it must lie in (0, 1], or be None")
         if not 0 <= self.alike <= 1:
             raise ValueError(f"alike is {self.alike}; it must lie in [0, 1]")
         if self.alike and self.sharing is not None:
             raise ValueError("blocks that share their weights need no likeness; leave out sharing or alike")
         if self.limit is not None and self.norm == "group":
             raise ValueError("group norm has no Lipschitz constant to limit; use norm 'batch' or 'none'")
+        if self.limit is not None and self.sharing is not None and self.sharing.statistics != self.sharing.affine:
+            raise ValueError(
+                "batch norm that shares one of statistics and affine cannot be clipped; share both or none"
+            )
         if self.sharing is not None:
             self._check(self.sharing)
 
@@ -111,8 +120,18 @@ class Residual(nn.Module):
     Source: P2 (Hauser 2019), eq. 13; P1 (Jastrzebski et al. 2018), section 4.
     """
 
-    def __init__(self, width_in: int, width: int, *, stride: int = 1, bias: bool = False, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        norm: str = "batch",
+        relaxed: float | None = None,
+    ) -> None:
         super().__init__()
+        self.relaxed = relaxed
         self.norm1 = _norm(norm, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=bias)
         self.norm2 = _norm(norm, width)
@@ -122,12 +141,13 @@ class Residual(nn.Module):
 
     def branch(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """What the block adds."""
-        return self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        out = self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        return out if self.relaxed is None else self.relaxed * (out - h)
 
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        chain = (self.norm1, self.conv1, self.norm2, self.conv2)
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2) if self.relaxed is None else ()
         return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
@@ -190,7 +210,8 @@ class ResNet(nn.Module):
         inside = int(config.shapes_inside(section))
         length, sharing = config.blocks[section] - inside, config.sharing
         pattern = tuple(range(length)) if sharing is None else sharing.pattern(length, before=inside)
-        blocks = [Residual(width, width, bias=config.bias, norm=config.norm) for _ in set(pattern)]
+        settings = {"bias": config.bias, "norm": config.norm, "relaxed": config.relaxed}
+        blocks = [Residual(width, width, **settings) for _ in set(pattern)]
         if sharing is None:
             return nn.ModuleList(blocks)
         return share(blocks, pattern, statistics=sharing.statistics, affine=sharing.affine, gamma=sharing.gamma)
