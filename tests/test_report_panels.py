@@ -277,7 +277,7 @@ def test_borderline_examples(tmp_path: Path) -> None:
     path = everything(tmp_path / "a")
     assert "The last block takes the 500 borderline examples of 500 from" in titles_of(path)["group_accuracy"]
     frame = pd.read_parquet(path / "groups.parquet")
-    for count, said in ((9, "9 of 500 examples are borderline, too few"), (1, "1 of 500 example is borderline")):
+    for count, said in ((9, "9 of 500 examples are borderline, too few"), (1, "1 of 500 examples is borderline")):
         frame.loc[frame["group"] == "borderline", "count"] = count
         frame.to_parquet(path / "groups.parquet")
         assert titles_of(path)["group_accuracy"].startswith(said)

@@ -271,8 +271,8 @@ def borderline(groups: dict[str, Table]) -> str:
     start, end = (section_state(values, which).mean for which in (-2, -1))
     total = next(iter(groups["all"]["accuracy"].values())).count
     if count < _FEW:
-        verb = "example is" if count == 1 else "examples are"
-        return f"{count} of {total} {verb} borderline, too few to say what the last blocks do to them"
+        verb = "is" if count == 1 else "are"
+        return f"{count} of {total} examples {verb} borderline, too few to say what the last blocks do to them"
     return (
         f"The last block takes the {count} borderline examples of {total} from {percent(start)} to {percent(end)} right"
     )

@@ -304,7 +304,7 @@ def _groups(result: Result) -> dict[str, Panel]:
             start = {0: values[lengths[last]]} if more and lengths[last] in values else {}
             steps.append(Line(word, style, start | more))
         for key, lines, x, say in (
-            (f"group_{quantity}", blocks, "blocks of the last section that have run", lambda k: f"after block {k}"),
+            (f"group_{quantity}", blocks, "blocks run in the last section", lambda k: f"after block {k}"),
             (f"group_steps_{quantity}", steps, "extra steps of the last block", lambda k: f"{k} extra steps"),
         ):
             chart = plots.plain(key, lines, x=x, label=label, unit=unit, span=span, say=say)
