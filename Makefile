@@ -34,6 +34,7 @@ lint: .venv/dev
 bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.streams
 	$(ONE) $(BIN)/python -m benchmarks.probes
+	$(ONE) $(BIN)/python -m benchmarks.lipschitz
 	$(ONE) $(BIN)/python -m benchmarks.training
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
 

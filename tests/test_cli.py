@@ -299,17 +299,28 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
         "unroll_1_loss",
         "update_lipschitz",
         "margin",
+        "loss_change",
+        "unroll_0.05_loss",
     } <= quantities
+    groups = pd.read_parquet(out / "groups.parquet")
+    assert set(groups.group) == {"borderline", "correct", "all"}
+    assert {"accuracy", "unroll_1_loss"} <= set(groups.quantity)
     page = (out / "report.html").read_text()
     for title in (
         "updates point downhill on the loss",
         "of the answers are right; with all blocks",
-        "stretches small changes",
+        "Updates stretch small changes",
+        "Run 20 more times",
+        "Run on and on, the last block would",
+        "Leaving out the first blocks",
+        "Is it one repeated step?",
     ):
         assert title in page
     found = json.loads((out / "indices.json").read_text())
     assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
     assert found["initial_convergence"].keys() == found["convergence"].keys()
+    again = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "6", "--force"]
+    assert main(again) == 0  # everything in the folder is known to be ours
 
 
 def test_text_is_read_with_the_tokenizer_that_belongs_to_the_weights(tmp_path: Path) -> None:

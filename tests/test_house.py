@@ -158,7 +158,18 @@ OPTIONS = {
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
     | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "shuffle_labels", "watch", "force"}
-    | {"network", "width_factor", "sharing", "free"}
+    | {
+        "network",
+        "width_factor",
+        "sharing",
+        "free",
+        "norm",
+        "couple",
+        "couple_norms",
+        "alike",
+        "lipschitz",
+        "lipschitz_norm",
+    }
     | COMMON,
     "probe": {
         "model",

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from folders import HOSTILE, folder
 from measured import ESTIMATE, change, edit, estimates, everything, without
 from residuum import changed, conclusions, panels, report
+from residuum.models import ResNet, ResNetConfig
+from residuum.probes import drops, interventions, loss_changes
+from residuum.profiles import load, profile
 from residuum.readings import Value
+from residuum.results import write_profile
 from test_report import charts_of, squeezed, written
 
 PANELS = {
@@ -280,3 +285,13 @@ def test_several_networks_are_compared(tmp_path: Path) -> None:
 
 def test_formulas_have_subscripts_and_stay_text() -> None:
     assert report.subscripts("h_{l+1} = b_l(<x>)") == "h<sub>l+1</sub> = b<sub>l</sub>(&lt;x&gt;)"
+
+
+def test_true_changes_of_the_loss_in_the_table_are_those_of_the_probe(tmp_path: Path) -> None:
+    model = ResNet(ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1)).eval()
+    batches = [(torch.randn(6, 1, 8, 8), torch.arange(6))]
+    write_profile(tmp_path, "profile", profile(model, batches, [interventions(drops)]))
+    expected = profile(model, batches, [loss_changes]).measures["loss_change"]
+    found = load(tmp_path / "profile.safetensors").measures["loss_change"]
+    assert found.points == expected.points
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +19,8 @@ from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
 from residuum.files import new_folder
 from residuum.indices import depth_advice, indices
+from residuum.layers.coupling import Coupling
+from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import NAIVE, UBN
 from residuum.loading import LoadedModel, load_model, trained_on
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
@@ -71,7 +73,7 @@ def train(flags: options.Train, command: str) -> None:
     if flags.shuffle_labels:
         data = data._replace(train=data.train.shuffled(seed=common.seed))
     channels, classes = data.train.images.shape[1], len(data.train.classes)
-    network = _network(flags, channels, classes)
+    network = _network(flags, channels, classes, data.train.images.shape[2:])
     config = TrainConfig(
         epochs=flags.epochs,
         batch=common.batch,
@@ -84,6 +86,7 @@ def train(flags: options.Train, command: str) -> None:
         accumulate=flags.accumulate,
         precision=flags.precision,
         augment=flags.augment,
+        coupling=Coupling(flags.couple, "all" if flags.couple_norms else "weights") if flags.couple else None,
         seed=common.seed,
     )
     if rank():
@@ -252,7 +255,7 @@ def _tokenizer(flags: options.Probe) -> Any:
         raise ValueError(f"{flags.model} has no tokenizer for the text: {one_line(error)}") from error
 
 
-def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
+def _network(flags: options.Train, channels: int, classes: int, size: Sequence[int]) -> ResNetConfig:
     """The network that the options of `train` describe."""
     own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
     if flags.network is None:
@@ -262,7 +265,9 @@ def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
         if given:
             raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
         config = network_of(flags.network, channels=channels, classes=classes)
-    config = scaled(config, flags.width_factor)
+    alike = float(flags.couple > 0) if flags.alike is None else flags.alike
+    limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
+    config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)
     if flags.sharing == "none":
         return config
     return replace(config, sharing=replace(UBN if flags.sharing == "ubn" else NAIVE, free=flags.free))

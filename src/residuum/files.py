@@ -22,6 +22,7 @@ OURS = frozenset(
         "profile.parquet",
         "initial.parquet",
         "shuffled.parquet",
+        "groups.parquet",
         "profile.safetensors",
         "initial.safetensors",
         "shuffled.safetensors",

@@ -63,6 +63,12 @@ class Train:
         sharing: The last blocks of each section use the same weights: naive shares batch norms, too, ubn gives each
             block its own.
         free: With sharing: first blocks of each section that have weights of their own.
+        norm: Norms inside the blocks: batch, group, none.
+        couple: Strength in [0, 1] with which the gradients of each section's blocks are coupled; 1 trains all alike.
+        couple_norms: Couple batch norm, too, and keep one set of statistics: with strength 1 one recurrent block.
+        alike: How alike the blocks of a section start: 0 independent, 1 equal; as alike as can be if coupled.
+        lipschitz: Lipschitz bound on the branch of each block; batch norm is clipped.
+        lipschitz_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -90,6 +96,12 @@ class Train:
     width_factor: float = 1.0
     sharing: Literal["none", "naive", "ubn"] = "none"
     free: int = 5
+    norm: Literal["batch", "group", "none"] = "batch"
+    couple: float = 0.0
+    couple_norms: bool = False
+    alike: float | None = None
+    lipschitz: float | None = None
+    lipschitz_norm: Literal["clipped", "allowed"] = "clipped"
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection", "pool"] = "separate"

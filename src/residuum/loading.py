@@ -12,6 +12,7 @@ from torch import nn
 
 from residuum.data import Preparation
 from residuum.files import restore_, stored, write_atomically, write_json
+from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import nearest, one_line, unknown
@@ -196,9 +197,11 @@ def trained_on(training: dict[str, Any] | None) -> str:
 
 def _network(written: dict[str, Any]) -> ResNetConfig:
     """The network that a config.json describes; what an older one does not say has its default."""
-    sharing = written.get("sharing")
     values = {key: _tupled(value) for key, value in written.items()}
-    return ResNetConfig(**values | {"sharing": None if sharing is None else Sharing(**sharing)})
+    for name, kind in (("sharing", Sharing), ("limit", Limit)):
+        if written.get(name) is not None:
+            values[name] = kind(**written[name])
+    return ResNetConfig(**values)
 
 
 def _tupled(value: Any) -> Any:

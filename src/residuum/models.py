@@ -1,5 +1,6 @@
 """Networks: our own pre-activation ResNets, which are their stream, and those of P1 by their names."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -8,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from residuum.layers.coupling import mix_weights_
+from residuum.layers.lipschitz import Limit, clip_, limit_
 from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
 from residuum.names import unknown
 from residuum.streams import Block, Section, Stream
@@ -34,6 +38,9 @@ class ResNetConfig:
         norm: "batch"; "group": group norm of 4 groups (fewer where 4 does not divide the width), which needs no
             statistics; "none". Without norms He-normal weights double the variance of the state in every block.
         sharing: Which blocks share their weights; None: each has its own.
+        alike: How alike the weights of a section's blocks start: 0 independent, 1 equal, between them mixtures of own
+            and common weights (`mix_weights_`).
+        limit: Lipschitz limit of the branches of residual blocks (those that change the shape are left alone).
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
     sections of 16, 32, 64 channels.
@@ -50,6 +57,8 @@ class ResNetConfig:
     cells: int = 1
     norm: str = "batch"
     sharing: Sharing | None = None
+    alike: float = 0.0
+    limit: Limit | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.widths):
@@ -69,6 +78,12 @@ class ResNetConfig:
                 raise ValueError(f"{name} is {given!r}; allowed are {allowed}")
         if self.transition == "pool" and len({self.first, *self.widths}) > 1:
             raise ValueError(f"transition 'pool' changes no width, but stem and widths are {self.first}, {self.widths}")
+        if not 0 <= self.alike <= 1:
+            raise ValueError(f"alike is {self.alike}; it must lie in [0, 1]")
+        if self.alike and self.sharing is not None:
+            raise ValueError("blocks that share their weights need no likeness; leave out sharing or alike")
+        if self.limit is not None and self.norm == "group":
+            raise ValueError("group norm has no Lipschitz constant to limit; use norm 'batch' or 'none'")
         if self.sharing is not None:
             self._check(self.sharing)
 
@@ -112,7 +127,8 @@ class Residual(nn.Module):
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        return Block(name, self, None if hooked else self.branch)
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2)
+        return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """The next state."""
@@ -148,6 +164,8 @@ class ResNet(nn.Module):
             torch.manual_seed(seed)
             self._build()
             self._initialise()
+            if config.limit is not None:
+                self._limit(config.limit)
         self.to(memory_format=torch.channels_last)
 
     def fresh(self, seed: int) -> "ResNet":
@@ -191,6 +209,28 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+        for blocks in self.sections if self.config.alike else ():
+            common = copy.deepcopy(blocks[0])
+            if self.config.alike < 1:
+                for conv in (common.conv1, common.conv2):
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            for block in blocks:
+                mix_weights_([block], common, self.config.alike)
+
+    def _limit(self, limit: Limit) -> None:
+        size = limit.size
+        for s, section in enumerate(self.sections):
+            if s:
+                size = size // 2 if self.config.transition == "pool" else -(-size // 2)
+            for block in section:
+                for conv in (block.conv1, block.conv2):
+                    if not parametrize.is_parametrized(conv):  # blocks that share have it once
+                        limit_(conv, limit.bound**0.5, (size, size))
+                for norm in (block.norm1, block.norm2) if limit.norm == "clipped" else ():
+                    for part in norm.modules():
+                        if isinstance(part, BATCH_NORMS) and not parametrize.is_parametrized(part):
+                            clip_(part)
 
     def cut(self, x: Float[Tensor, "example channel row column"]) -> Stream:
         """The network as a stream on one batch of images."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
+from residuum.layers.coupling import Coupling
 from residuum.names import unknown
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
@@ -43,6 +44,8 @@ class TrainConfig:
         precision: "float32", or "bfloat16" for the forward pass where torch's autocast allows it; weights, gradients
             and evaluation stay in the network's own format.
         augment: "none", or "crop_flip" for random windows after padding by 4 pixels, and mirror images.
+        coupling: How the gradients of each section's blocks are coupled; None: they are not. The history then says what
+            the coupling has achieved.
         seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
@@ -61,6 +64,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: str = "float32"
     augment: str = "none"
+    coupling: Coupling | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +90,8 @@ class TrainConfig:
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return asdict(self) | {"rate": repr(self.rate)}
+        coupling = None if self.coupling is None else asdict(self.coupling) | {"rate": repr(self.coupling.rate)}
+        return asdict(self) | {"rate": repr(self.rate), "coupling": coupling}
 
 
 def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> Float[Tensor, ""]:
@@ -291,6 +296,8 @@ class Job:
                 f"the loss is {value} in epoch {at.epoch + 1}, step {at.step + 1} of {self.count}: "
                 f"training has diverged; try a smaller learning rate than {config.lr:g}"
             )
+        if config.coupling:
+            config.coupling.after_backward(self.model, share)
         if self.after_backward:
             self.after_backward(self.model, share)
         if config.clip is not None:
@@ -338,7 +345,8 @@ class Job:
             "lr": self.optimiser.param_groups[0]["lr"],
             "train_loss": at.total / len(self.images),
         }
-        return row | {f"test_{name}": value for name, value in found.items()}
+        row |= {f"test_{name}": value for name, value in found.items()}
+        return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
 
 
 def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, group: Group) -> None:

@@ -1,5 +1,6 @@
 """Soft gradient coupling: blocks that learn together, from ordinary training to one recurrent block."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residuum.layers.sharing import NORMS, with_norms
 from residuum.names import unknown
 from residuum.rates import RATES, Rate
 
-Blocks = Sequence[nn.Module] | nn.ModuleList
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+Blocks = Sequence[nn.Module] | nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,35 @@ def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: 
                     p /= root
 
 
+def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
+    """Copies of blocks that use one set of weights, the mean of theirs: what coupling led to, as a loop.
+
+    Args:
+        blocks: Blocks of one shape; they are not changed.
+        couple: "weights": each keeps its own normalisation. "all": the blocks become one, its statistics their mean.
+
+    Returns:
+        A list of as many blocks, for `fold`; it computes what the blocks do as far as their weights were equal.
+
+    Raises:
+        ValueError: As `achieved_sharing`.
+    """
+    first = copy.deepcopy(blocks[0])
+    with torch.no_grad():
+        for p, row in zip(_parameters(first, couple).values(), alike(blocks, couple, tied=True), strict=True):
+            p.copy_(_mean(row))
+    if couple == "all":
+        others = copy.deepcopy(list(blocks))
+        _one_statistics_([first, *others][1:])
+        for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
+            ours.copy_(theirs)
+        return nn.ModuleList([first] * len(blocks))
+    own = (
+        {name: m for name, m in block.named_modules() if isinstance(m, NORMS)} for block in copy.deepcopy(list(blocks))
+    )
+    return nn.ModuleList(with_norms(first, norms) for norms in own)
+
+
 def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
     """How alike the weights of T blocks are. With W_t all coupled parameters of block t as one vector of length P:
 
@@ -225,7 +255,7 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
     """The parameters of a block that are coupled, by name."""
-    norms = set() if couple == "all" else {name for name, m in block.named_modules() if isinstance(m, _NORMS)}
+    norms = set() if couple == "all" else {name for name, m in block.named_modules() if isinstance(m, NORMS)}
     return {name: p for name, p in block.named_parameters() if name.rpartition(".")[0] not in norms}
 
 
@@ -238,9 +268,14 @@ def _one_statistics_(blocks: Blocks) -> None:
         for name in ("running_mean", "running_var"):
             row = [getattr(norm, name, None) for norm in norms]
             if row[0] is not None:
-                mean = torch.stack(row).mean(0)
+                mean = _mean(row)
                 for buffer in row:
                     buffer.copy_(mean)
+
+
+def _mean(row: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors; of equal ones it is the same bits."""
+    return row[0] + (torch.stack(list(row)) - row[0]).mean(0)
 
 
 def _check(strength: float, couple: str, reduce: str) -> None:

@@ -1,6 +1,7 @@
 """Lipschitz limits: convolutions and linear maps whose true operator norm does not exceed a bound."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
+from residuum.names import unknown
 from residuum.spectra import Operator, batch_norm_norm, certificate, largest_singular_value, operator_norm
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _TOLERANCE, _PRODUCTS = 1e-3, 400  # in eval mode: relative residual of the norm, most products to reach it
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The Lipschitz limit of the branches of all residual blocks of a network.
+
+    Attributes:
+        bound: c: with two convolutions each is limited to sqrt(c) on maps of the section's size.
+        size: Rows and columns of the images.
+        norm: "clipped": batch norm's affine map is limited to 1, so the branch has the bound c. "allowed": batch norm
+            is left alone, so there is no bound on the branch. Networks without norm have neither.
+
+    Source: P0 (Lippl et al. 2024), Lipschitz constraint; what became of batch norm could not be read.
+    """
+
+    bound: float = 1.0
+    size: int = 32
+    norm: str = "clipped"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bound < float("inf") or self.size < 1:
+            raise ValueError(f"limit: bound is {self.bound} and size {self.size}; they must be above 0")
+        if self.norm not in ("clipped", "allowed"):
+            raise unknown("norm", self.norm, ("clipped", "allowed"))
 
 
 def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = ()) -> None:
@@ -74,6 +100,7 @@ class Limited(nn.Module):
         self.register_buffer("u", _unit(self._image(module.weight.detach(), self.v))[0])
         self.register_buffer("sigma", norm.to(v))
         self.register_buffer("overshoot", torch.ones_like(self.sigma))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self.seen: tuple[int, int] | None = None  # the weights for which sigma has converged
         self._converge(module.weight)
 
@@ -83,11 +110,13 @@ class Limited(nn.Module):
             if self.training:
                 self.v, _ = _unit(self._adjoint(weight, self.u))
                 self.u, self.sigma = _unit(self._image(weight, self.v))
-                self.seen = None
+                self.seen, self.checksum = None, torch.zeros_like(self.checksum)
             elif self.seen != (weight.data_ptr(), weight._version):
-                allowed = self.sigma.clamp_min(self.bound)
-                self._converge(weight)
-                self.overshoot = self.sigma / allowed
+                if self.checksum != _checksum(weight):  # equal where a converged model was saved and loaded
+                    allowed = self.sigma.clamp_min(self.bound)
+                    self._converge(weight)
+                    self.overshoot = self.sigma / allowed
+                self.seen = (weight.data_ptr(), weight._version)
         return _Scaled.apply(weight, self)
 
     def _converge(self, weight: Tensor) -> None:
@@ -98,7 +127,7 @@ class Limited(nn.Module):
         found, v = largest_singular_value(operator, near=self.v, products=_PRODUCTS, tolerance=_TOLERANCE)
         self.v, self.sigma = v.to(weight), found.value[0].to(weight)
         self.u, _ = _unit(self._image(weight, self.v))
-        self.seen = (weight.data_ptr(), weight._version)
+        self.checksum = _checksum(weight)
 
     def _image(self, weight: Tensor, v: Tensor) -> Tensor:
         return F.linear(v, weight) if self.settings is None else F.conv2d(v, weight, None, *self.settings)
@@ -335,6 +364,11 @@ def _settings(conv: nn.Conv2d) -> Settings:
 def _size_after(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, ...]:
     with torch.device("meta"):
         return tuple(_plain(conv, conv.weight).to("meta")(torch.empty(1, conv.in_channels, *size)).shape[2:])
+
+
+def _checksum(weight: Tensor) -> Tensor:
+    """The bits of the weight's Euclidean norm: an integer, which no change of precision touches."""
+    return torch.linalg.vector_norm(weight.detach().double()).view(torch.int64)
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from residuum.names import unknown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS = ("shared", "unshared")
 
 
@@ -291,7 +292,7 @@ def _tied(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _weights(block: nn.Module) -> list[int]:
-    norms = (module for module in block.modules() if isinstance(module, (*BATCH_NORMS, Affine)))
+    norms = (module for module in block.modules() if isinstance(module, (*NORMS, Affine)))
     of_norms = {id(p) for norm in norms for p in norm.parameters()}
     return [id(p) for p in block.parameters() if id(p) not in of_norms]
 
