@@ -1,5 +1,6 @@
 """Interventions: equal to surgery by hand, evaluated once, right at the edges."""
 
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -204,6 +205,18 @@ def test_a_projection_block_keeps_its_projection() -> None:
         torch.testing.assert_close(measures["drop_entry_loss"].values[:, column], losses)
         agrees = (output.argmax(1) == whole.argmax(1)).float()
         assert torch.equal(measures["drop_entry_agreement"].values[:, column], agrees)
+
+
+def test_the_projection_before_the_first_section_is_kept_too() -> None:
+    config = ResNetConfig(blocks=(3, 2), widths=(4, 8), classes=5, transition="projection", stem=3)
+    model, x, labels = ResNet(config).eval(), torch.randn(9, 3, 8, 8), torch.randint(0, 5, (9,))
+    measures = interventions(drops)(model.cut(x), labels)
+    assert measures["drop_entry_loss"].points == (Point(0, 0), Point(1, 0))
+    twin = copy.deepcopy(model)
+    twin.widen = nn.Sequential(model.widen.skip)
+    losses = nn.functional.cross_entropy(twin(x), labels, reduction="none")
+    assert not torch.allclose(twin(x), model(x))
+    torch.testing.assert_close(measures["drop_entry_loss"].values[:, 0], losses)
 
 
 def test_the_skip_of_a_hooked_projection_block_is_not_known() -> None:

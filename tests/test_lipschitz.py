@@ -14,10 +14,11 @@ from torch.nn.utils import parametrizations, parametrize
 import oracles_spectra as oracles
 from residuum.cutting import cut
 from residuum.data import Splits, load_splits
-from residuum.layers.lipschitz import Limit, bound_of, clip_, export, limit_, limits
+from residuum.layers.lipschitz import Limit, clip_, export, limit_, limits
 from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.results import write_run
+from residuum.spectra import chain_bound
 from residuum.training import TrainConfig, train
 
 KINDS = [
@@ -115,7 +116,7 @@ def test_what_is_exported_holds_the_bound_strictly_in_stock_layers(make: partial
     stock = nn.Sequential(make())
     stock.load_state_dict(export(module).state_dict())
     assert 0.6 * 0.9 <= true_norm(stock[0], size) <= 0.9
-    assert bound_of(stock, size) <= 0.9
+    assert chain_bound(stock, size).value <= 0.9
     assert not export(module)[0]._forward_pre_hooks
     assert parametrize.is_parametrized(module[0])  # the model is left as it is, and still works
     assert true_norm(module[0], size) == pytest.approx(0.9, rel=0.005)
@@ -220,11 +221,11 @@ def test_the_bound_of_a_branch_holds_for_its_jacobian() -> None:
     for network in (model, export(model)):
         for block in network.double().blocks:
             J = oracles.jacobian(block.layers, h, 0)
-            bound = bound_of(block.layers, (5, 5))
+            bound = chain_bound(block.layers, (5, 5)).value.item()
             assert torch.linalg.matrix_norm(J, 2).item() <= bound * 1.001
             assert bound < 0.7  # the certificates of small maps are above the limits of 0.5
-    assert bound_of(export(model).blocks[0].layers, (5, 5)) <= 0.5
-    assert bound_of([nn.Linear(2, 2), nn.Sigmoid()]) == float("inf")
+    assert chain_bound(export(model).blocks[0].layers, (5, 5)).value <= 0.5
+    assert chain_bound([nn.Linear(2, 2), nn.Sigmoid()]) is None
 
 
 def test_clipped_batch_norm_is_an_affine_map_within_its_bound() -> None:
@@ -295,6 +296,8 @@ def test_networks_are_limited_by_their_configuration(tmp_path: Path) -> None:
     config = ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1, limit=Limit(0.5, 8))
     model = ResNet(config)
     history = train(model, data, TrainConfig(epochs=2, batch=24))
+    assert 0.9 < history[-1]["overshoot"] < 1.3
+    assert history[-1]["overshoot"] == max(found["overshoot"] for found in limits(model).values())
     for section, size in zip(model.sections, (8, 4), strict=True):
         for block in section:
             layers = [block.norm1, nn.ReLU(), block.conv1, block.norm2, nn.ReLU(), block.conv2]
@@ -302,7 +305,7 @@ def test_networks_are_limited_by_their_configuration(tmp_path: Path) -> None:
             h = torch.randn(1, block.conv1.in_channels, size, size, dtype=torch.float64)
             J = oracles.jacobian(copy.deepcopy(block).double().branch, h, 0)
             assert torch.linalg.matrix_norm(J, 2) <= 0.5 * 1.01
-            assert bound_of(layers, (size, size)) <= 0.5 * 1.6  # certificates of such small maps are far above
+            assert chain_bound(layers, (size, size)).value <= 0.5 * 1.6  # certificates of such small maps are far above
     write_run(tmp_path, model, data, TrainConfig(epochs=2, batch=24), history)
     again = load_model(str(tmp_path)).model
     x = torch.randn(3, 1, 8, 8)

@@ -41,7 +41,7 @@ def images(count: int = 4) -> Tensor:
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
 def test_a_network_of_any_step_comes_back_from_its_folder(step, tmp_path: Path) -> None:
     network, x = ResNet(replace(SMALL, step=step)).eval(), images()
-    save_run(tmp_path, network, Preparation(255, (0.0,), (1.0,)), ("a", "b", "c"))
+    save_run(tmp_path, network, preparation=Preparation(255, (0.0,), (1.0,)), classes=("a", "b", "c"), training={})
     again = load_model(str(tmp_path)).model.eval()
     assert again.config == network.config
     with torch.no_grad():

@@ -283,8 +283,11 @@ class ResNet(nn.Module):
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}" if s else "widen",) if self.config.shapes_inside(s) else ()
             steps = tuple(_as_step(block, name) for name, block in zip(names, blocks, strict=True))
+            inner = self.widen if s == 0 else entry
             # With hooks on the block its branch is not what it adds, and its skip not what is left.
-            skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
+            skip = inner.skip if isinstance(inner, Residual) and inner.as_step("").branch else None
+            if s == 0 and skip is not None:
+                skip = self._enter_by_skip
             sections.append(Section(f"section {s + 1}", entry, steps, passed, skip))
         return Stream(x, tuple(sections), self.readout)
 
@@ -292,6 +295,9 @@ class ResNet(nn.Module):
         """The stem: one 3x3 convolution, on channels-last memory (about a third faster on processors)."""
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         return h if self.widen is None else self.widen(h)
+
+    def _enter_by_skip(self, x: Tensor) -> Tensor:
+        return self.widen.skip(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
     def readout(self, h: Float[Tensor, "example width row column"]) -> Float[Tensor, "example class"]:
         """Logits from a state of the last section."""

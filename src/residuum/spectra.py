@@ -1,7 +1,7 @@
 """Spectra: operator norms, certificates, singular values and spectral radii of linear maps given by their products."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -212,6 +212,38 @@ def batch_norm_norm(norm: nn.Module) -> Norm:
         raise ValueError(f"{type(norm).__name__} has no running variance, so it is not an affine map in eval mode")
     scale = 1 if norm.weight is None else norm.weight.detach().double().abs()
     return Norm((scale * (variance.double() + norm.eps).rsqrt()).max(), "exact")
+
+
+def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm | None:
+    """A Lipschitz bound of layers one after another in eval mode, or None where there is none.
+
+    The product of certificates of convolutions and exact norms of linear modules and batch norms; what is 1-Lipschitz
+    (ReLU, identity) may stand between them. None if there is a layer of another kind, or one whose output hooks can
+    change.
+
+    Args:
+        layers: The modules in the order in which they are applied.
+        size: Rows and columns of the maps that the first of them reads; () for vectors.
+    """
+    bound = torch.ones((), dtype=torch.float64)
+    for layer in layers:
+        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+        factor = None if any(not getattr(hook, "only_looks", False) for hook in hooks) else _layer_bound(layer, size)
+        if factor is None:
+            return None
+        bound = bound * factor.value.cpu()
+        size = map_size(layer, size) if isinstance(layer, nn.Conv2d) else size
+    return Norm(bound, "upper bound")
+
+
+def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
+    if isinstance(layer, nn.Conv2d):
+        return certificate(layer, size) if layer.padding_mode == "zeros" else None
+    if isinstance(layer, nn.Linear):
+        return operator_norm(layer)
+    if isinstance(layer, nn.BatchNorm2d) and not layer.training and layer.running_var is not None:
+        return batch_norm_norm(layer)
+    return Norm(torch.ones((), dtype=torch.float64), "exact") if type(layer) in (nn.ReLU, nn.Identity) else None
 
 
 def largest_singular_value(

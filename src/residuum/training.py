@@ -17,6 +17,7 @@ from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
+from residuum.layers.lipschitz import overshoot
 from residuum.names import unknown
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
@@ -199,6 +200,8 @@ def train(
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
         test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`), seconds, and what
         `after_epoch` returned.
+        For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
+        coupling has achieved.
 
     Raises:
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
@@ -346,6 +349,8 @@ class Job:
             "train_loss": at.total / len(self.images),
         }
         row |= {f"test_{name}": value for name, value in found.items()}
+        over = overshoot(self.model)
+        row |= {} if over is None else {"overshoot": over}
         return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
 
 

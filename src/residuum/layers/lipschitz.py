@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from residuum.names import unknown
-from residuum.spectra import Operator, batch_norm_norm, certificate, largest_singular_value, operator_norm
+from residuum.spectra import Operator, certificate, largest_singular_value, operator_norm
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -240,28 +240,14 @@ def limits(model: nn.Module) -> dict[str, dict[str, float | bool]]:
     return found
 
 
-def bound_of(layers: nn.Sequential | list[nn.Module], size: tuple[int, int] | tuple[()] = ()) -> float:
-    """A guaranteed Lipschitz bound of layers one after another in eval mode: the product of their bounds.
-
-    Linear modules: exact norm. Convolutions: `certificate`. Batch norm: its affine map. ReLU, tanh, identity, average
-    pooling without padding: 1. Anything else has no bound here: infinite.
+def overshoot(model: nn.Module) -> float | None:
+    """The largest norm over its bound that limited modules had when training mode ended; None if none is limited.
 
     Args:
-        layers: Modules in the order in which they are applied.
-        size: Rows and columns of the map that the first convolution reads.
+        model: A model in eval mode that has run since.
     """
-    bound = 1.0
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            bound *= float(certificate(_plain(layer, layer.weight), size).value)
-            size = _size_after(layer, size)
-        elif isinstance(layer, nn.Linear):
-            bound *= float(operator_norm(_plain(layer, layer.weight)).value)
-        elif isinstance(layer, _NORMS):
-            bound *= float(batch_norm_norm(layer).value)
-        elif not isinstance(layer, nn.ReLU | nn.Tanh | nn.Identity):
-            return float("inf")
-    return bound
+    found = [float(limit.overshoot) for limit in map(_limit, model.modules()) if limit is not None]
+    return max(found, default=None)
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -324,6 +310,9 @@ def _refuse_larger(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         )
 
 
+_refuse_larger.only_looks = True  # so that a chain with it still has a bound
+
+
 def _limit(module: nn.Module) -> Limited | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
@@ -359,11 +348,6 @@ def _settings(conv: nn.Conv2d) -> Settings:
     if around[0] != around[1] or around[2] != around[3]:
         raise ValueError(f"limit_: the padding {conv.padding!r} of an even kernel is uneven; give numbers")
     return conv.stride, (around[2], around[0]), conv.dilation, conv.groups
-
-
-def _size_after(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, ...]:
-    with torch.device("meta"):
-        return tuple(_plain(conv, conv.weight).to("meta")(torch.empty(1, conv.in_channels, *size)).shape[2:])
 
 
 def _checksum(weight: Tensor) -> Tensor:
