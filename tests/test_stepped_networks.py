@@ -16,7 +16,7 @@ from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import GAUSS4, RK4, STOERMER_VERLET
 from residuum.loading import load_model, save_run
 from residuum.models import ResNet, ResNetConfig, count_parameters
-from residuum.solve import Anderson, NewtonKrylov, Picard
+from residuum.solvers import Anderson, NewtonKrylov, Picard
 
 SMALL = ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1, classes=3, norm="group")
 STEPS = [

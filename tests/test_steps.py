@@ -35,7 +35,9 @@ from residuum.layers.tableaus import (
     collocation,
     tableau,
 )
-from residuum.solve import GMRES, Anderson, BiCGStab, ConvergenceError, LinearSolver, Neumann, Picard
+from residuum.linear import GMRES, BiCGStab, LinearSolver, Neumann
+from residuum.solve import ConvergenceError
+from residuum.solvers import Anderson, Picard
 from residuum.stability import amplification, amplification_of, scheme_matrix
 
 few = settings(max_examples=25, deadline=None)
@@ -566,6 +568,8 @@ def test_batch_norm_and_dropout_are_refused_inside_a_solve(step: Theta | RungeKu
         (lambda: replace(RK4, order=9), "orders from 1 to 8"),
         (lambda: PartitionedTableau("odd", EULER, HEUN, 1), "1 and 2 stages"),
         (lambda: PartitionedTableau("odd", EULER, EULER, 2), "claims order 2, but a condition of order 2"),
+        # each alone has order 3, but their nodes differ, and each evaluates at the nodes of the other
+        (lambda: PartitionedTableau("odd", GAUSS4, RADAU3, 3), "claims order 3, but a condition of order 2"),
     ],
 )
 def test_what_is_wrong_is_refused(make, message: str) -> None:

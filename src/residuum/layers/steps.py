@@ -13,8 +13,10 @@ from torch.func import functional_call
 
 from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
+from residuum.linear import GMRES, LinearSolver
 from residuum.names import unknown
-from residuum.solve import GMRES, Anderson, LinearSolver, Solution, Solver, fixed_point
+from residuum.solve import Solution, fixed_point
+from residuum.solvers import Anderson, Solver
 from residuum.spectra import linearise
 
 _FORMS, _STARTS, _GRADIENTS = ("two_point", "midpoint"), ("state", "euler", "linearised"), ("exact", "truncated")
