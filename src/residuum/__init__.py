@@ -31,6 +31,7 @@ _HOMES = {
     "export": "layers.lipschitz",
     "share": "layers.sharing",
     "fold": "layers.sharing",
+    "fold_coupled": "folding",
     "Explicit": "layers.steps",
     "Theta": "layers.steps",
     "RungeKutta": "layers.steps",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
@@ -323,7 +324,7 @@ class Job:
             weight = len(some) / images
             bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
             with self.group.gradients_wait(self.wrapped, number + 1 < len(parts)):
-                with bf16:
+                with bf16, parametrize.cached():  # limits take one step, however often a block is applied
                     value = self.loss(self.wrapped, some, labels)
                 # Processes' gradients are averaged, so each counts its images as if all processes had as many.
                 (value * (weight * self.group.size)).backward()
@@ -359,6 +360,8 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
     for split in data:
         if not len(split):
             raise ValueError(f"the {split.split} split of {split.name} has no images")
+    if config.coupling is not None:
+        config.coupling.check(model)
     last = len(data.train) % config.batch or config.batch
     alone = -(-(last // group.size) // config.accumulate)  # images that are normalised together in the last step
     if last < group.size:
