@@ -10,6 +10,7 @@ from torch import Tensor
 
 from residuum.data import Preparation
 from residuum.layers.anystep import branches_of, described, rebuilt, solves
+from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.sharing import NAIVE
 from residuum.layers.steps import Explicit, RungeKutta, Theta
@@ -98,6 +99,18 @@ def test_blocks_of_a_step_share_their_weights() -> None:
     assert count_parameters(network) < count_parameters(ResNet(replace(shared, sharing=None)))
     assert network.sections[0][1] is network.sections[0][3]
     assert network(images()).shape == (4, 3)
+
+
+def test_limited_branches_can_be_solved_and_inverted() -> None:
+    """Lip(f) <= 0.8: the equation and that of the inverse are contractions, whatever the weights."""
+    limited = replace(SMALL, norm="none", limit=Limit(0.8, 8), step=Theta(0.5, solver=Anderson(1e-13)))
+    network = ResNet(limited).double().eval()
+    h = 10 * torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for block in network.sections[0]:
+            found = block.solve(h)
+            assert found.converged.all()
+            assert (block.inverse(found.value) - h).abs().max() < 1e-9
 
 
 def test_kinds_know_what_they_take() -> None:
