@@ -1,5 +1,6 @@
 """Networks whose blocks are steps: they train, are cut, and come back from a file as they were."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -104,13 +105,30 @@ def test_blocks_of_a_step_share_their_weights() -> None:
 def test_limited_branches_can_be_solved_and_inverted() -> None:
     """Lip(f) <= 0.8: the equation and that of the inverse are contractions, whatever the weights."""
     limited = replace(SMALL, norm="none", limit=Limit(0.8, 8), step=Theta(0.5, solver=Anderson(1e-13)))
-    network = ResNet(limited).double().eval()
+    network = ResNet(limited).double()
     h = 10 * torch.randn(3, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        for block in network.sections[0]:
+        for block in network.sections[0].eval():
             found = block.solve(h)
             assert found.converged.all()
             assert (block.inverse(found.value) - h).abs().max() < 1e-9
+
+
+def test_a_limit_moves_once_per_step_while_it_is_trained() -> None:
+    """In training mode each look at a limited weight improves its estimate; within a solve it is one weight."""
+    limited = replace(SMALL, norm="none", limit=Limit(0.8, 8), step=Theta(0.5, solver=Anderson(1e-12)))
+    network = ResNet(limited).double()
+    block, h = network.sections[0][0], torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for p in block.parameters():
+            p += 0.3 * torch.randn_like(p)
+    other = copy.deepcopy(block)
+    assert block.solve(h).converged.all()
+    for conv in (other.branch.block.conv1, other.branch.block.conv2):
+        _ = conv.weight
+    assert all(torch.equal(a, b) for a, b in zip(block.buffers(), other.buffers(), strict=True))
+    block(h).square().sum().backward()
+    assert all(p.grad.any() for p in block.parameters())
 
 
 def test_kinds_know_what_they_take() -> None:

@@ -554,6 +554,12 @@ def test_batch_norm_and_dropout_are_refused_inside_a_solve(step: Theta | RungeKu
         (lambda: Theta(start="zero"), "unknown start 'zero'"),
         (lambda: Theta(param_grad="none"), "unknown param_grad"),
         (lambda: Theta(form="midpoint", param_grad="truncated"), "needs form 'two_point'"),
+        (
+            lambda: Theta(param_grad="truncated")(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))(
+                torch.ones(1, 2)
+            ),
+            "needs a branch of plain weights",
+        ),
         (lambda: Verlet(form="leap"), "unknown form 'leap'"),
         (lambda: Momentum(0.0), "gamma is 0.0"),
         (lambda: Dense(3, "gelu"), "unknown activation 'gelu'"),
