@@ -99,6 +99,7 @@ def test_probe_writes_the_result_folder(trained: Path, tmp_path: Path, capsys: p
         assert profiles.load(out / f"{name}.safetensors").examples.tolist() == list(range(30))
     about, numbers = read(out, "provenance.json"), read(out, "indices.json")
     assert about["examples"] == 30
+    assert about["network"]["settings"]["limit"] is None
     assert about["seed"] == 4
     assert about["data"] == "digits"
     assert len(about["data_sha256"]) == 64

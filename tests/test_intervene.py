@@ -229,7 +229,9 @@ def test_the_skip_of_a_hooked_projection_block_is_not_known() -> None:
 def test_blocks_inside_entries_are_named() -> None:
     model = ResNet(ResNetConfig(blocks=(2, 2), widths=(4, 8), transition="projection")).eval()
     stream = model.cut(torch.randn(2, 3, 8, 8))
-    assert interventions(drops)(stream, None)["drop_agreement"].note == "run except in drop_entry: transitions.0"
+    assert interventions(drops)(stream, None)["drop_agreement"].note == (
+        "blocks inside entries run, except for drop_entry: transitions.0"
+    )
     always = "blocks inside entries always run: "
     assert interventions(drops_last)(stream, None)["drop_last_agreement"].note == f"{always}transitions.0"
     foreign, x = MODELS["torchvision resnet18"].build()
