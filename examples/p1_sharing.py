@@ -90,7 +90,12 @@ def main() -> None:
     ):
         raise SystemExit(2)
     for name, path, images in (("mnist", "mnist", flags.images), ("clutter", str(clutter), 3 * flags.images)):
-        data = Splits(*(part.take(min(images, len(part)), seed=0) for part in load_splits(path, flags.data_root)))
+        data = Splits(
+            *(
+                part.take(min(images, len(part)), seed=0)
+                for part in load_splits(path, flags.data_root if name == "mnist" else None)
+            )
+        )
         print(f"\n{name}, {images} images")
         print("| network | parameters | train loss | accuracy, % | re-estimated, % | gradient ratio | growth |")
         print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -1,10 +1,12 @@
 """Folding coupled networks: equal blocks cost nothing, unequal ones cost what evaluation says."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from residuum.cli import main
 from residuum.data import Splits, load_splits
 from residuum.folding import fold_coupled
 from residuum.layers.coupling import Coupling
@@ -57,3 +59,18 @@ def test_what_cannot_be_folded_is_refused() -> None:
         fold_coupled(ResNet(ResNetConfig(channels=1)).train(), DATA)
     with pytest.raises(ValueError, match="at least 2 blocks"):
         fold_coupled(ResNet(ResNetConfig(blocks=(1, 1), widths=(4, 4), channels=1)).eval(), DATA)
+
+
+def test_the_command_writes_a_network_that_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shared = ["--limit", "60", "--device", "cpu"]
+    made = ["train", "--out", str(tmp_path / "a"), "--blocks", "3", "2", "--widths", "4", "8", "--epochs", "1", *shared]
+    assert main([*made, "--couple", "1", "--couple-norms"]) == 0
+    assert main(["fold", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--norms", *shared]) == 0
+    said = capsys.readouterr().out
+    assert "1.0000, 1.0000" in said
+    assert "parameters: 3," in said
+    model = load_model(str(tmp_path / "b")).model
+    assert len({id(block) for block in model.sections[0]}) == 1
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["training"]["folded"]["images"] == 60
+    assert main(["fold", str(tmp_path / "b"), "--out", str(tmp_path / "c"), *shared]) == 2
+    assert "weights of their own" in capsys.readouterr().err

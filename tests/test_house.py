@@ -156,6 +156,7 @@ def test_help_imports_no_torch() -> None:
 
 COMMON = {"device", "dtype", "batch", "limit", "seed"}
 OPTIONS = {
+    "fold": {"model", "out", "data", "data_root", "norms", "force"} | COMMON,
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
     | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "shuffle_labels", "watch", "force"}

@@ -18,11 +18,12 @@ from residuum import report as report_page
 from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
 from residuum.files import new_folder
+from residuum.folding import fold_coupled
 from residuum.indices import depth_advice, indices
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import NAIVE, UBN
-from residuum.loading import LoadedModel, load_model, trained_on
+from residuum.loading import LoadedModel, load_model, save_run, trained_on
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
@@ -173,6 +174,45 @@ def stability(flags: options.Stability, command: str) -> None:
     with new_folder(flags.out, replace=flags.force) as folder:
         draw(folder)
     screen.print(f"figures: {flags.out.resolve()}")
+
+
+def fold(flags: options.Fold, command: str) -> None:
+    """Fold a network of our own and write it.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed, for the provenance.
+    """
+    start, common = perf_counter(), flags.common
+    loaded = load_model(str(flags.model))
+    if not isinstance(loaded.model, ResNet):
+        raise ValueError(f"{flags.model} is no network of ours; in Python, tied() and fold() take any list of blocks")
+    data = _images(flags.data, flags.data_root, common)
+    model = loaded.model.to(device=find_device(common.device), dtype=_dtype(common))
+    with new_folder(flags.out, replace=flags.force) as folder:
+        found = fold_coupled(model, data, couple="all" if flags.norms else "weights")
+        cost = {
+            "sharing": found.sharing,
+            "parameters": found.parameters,
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+        }
+        training = (loaded.training or {}) | {"folded": cost | {"data": data.test.name, "images": len(data.test)}}
+        preparation, classes = data.train.preparation, loaded.classes or data.train.classes
+        save_run(folder, found.model, preparation=preparation, classes=classes, training=training)
+        now = replace(loaded, model=found.model, weights=f"{loaded.weights}, folded", training=training)
+        title, seconds = f"{flags.out.name}, folded", perf_counter() - start
+        write_provenance(folder, now, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds)
+    alike = ", ".join("one block" if s is None else f"{s:.4f}" for s in found.sharing)
+    screen.print(f"how alike the weights of each section were (1: equal): {alike}")
+    for name, (before, after) in {
+        "parameters": found.parameters,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+    }.items():
+        form = {"parameters": ",", "loss": ".4f", "accuracy": ".1%"}[name]
+        screen.print(f"{name}: {before:{form}} -> {after:{form}}")
+    screen.print(f"network: {flags.out.resolve()}")
 
 
 def data(flags: options.DataCommand, command: str) -> None:

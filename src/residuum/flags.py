@@ -180,6 +180,29 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Put the mean block of each section of a (coupled) network in the place of all, and say what that costs.
+
+    Attributes:
+        model: Folder that train wrote.
+        out: Folder to write: a network that holds each section's weights once.
+        data: Data set whose test images are evaluated, as in train.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        norms: Fold batch norm, too; without it every place keeps its own.
+        force: Replace an existing result folder once the new one is complete.
+        common: Options of every command that runs a network.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
+    out: Path
+    data: str = "digits"
+    data_root: Path | None = None
+    norms: bool = False
+    force: bool = False
+    common: Shared = field(default_factory=Common)
+
+
+@dataclass(frozen=True)
 class Stability:
     """Draw what one step, explicit or implicit, does to a rotation, and where each of them is stable.
 
@@ -266,4 +289,4 @@ class DataCommand:
     what: Data
 
 
-Command = Demo | Train | Probe | Report | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]
+Command = Demo | Train | Probe | Report | Fold | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]
