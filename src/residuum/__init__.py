@@ -28,6 +28,7 @@ _HOMES = {
     "Limit": "layers.lipschitz",
     "limit_": "layers.lipschitz",
     "export": "layers.lipschitz",
+    "reversible": "layers.reversible",
     "share": "layers.sharing",
     "fold": "layers.sharing",
     "load_model": "loading",

@@ -1,0 +1,282 @@
+"""What a block did in a forward, kept without its tensors, and doing it again: the same random numbers, no new statistics.
+
+A *call* is one call of a module that the block holds, from the outside (a branch), in one forward of the block. Tensors
+that the gradient needs have a *key*: the number of the call, -1 outside of all, and their number in it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+Key = tuple[int, int]
+
+
+@dataclass
+class Call:
+    """One call of a branch.
+
+    Attributes:
+        module: The branch.
+        needs: Whether its argument required gradient; None if it was called with anything but one tensor.
+        random: The random state before it, if it drew numbers.
+        saved: How many tensors its gradient needs.
+    """
+
+    module: nn.Module
+    needs: bool | None
+    random: tuple[Tensor, ...] | None = None
+    saved: int = 0
+
+
+class Record:
+    """One forward of a block, and how to run it or its inverse again as it ran.
+
+    Args:
+        block: A module with `forward` and `inverse`.
+        h: The state that it gets.
+    """
+
+    def __init__(self, block: nn.Module, h: Tensor) -> None:
+        self.block, self.needs, self.device = block, h.requires_grad, h.device
+        self.calls: list[Call] = []
+        self.loose = 0  # tensors that the gradient needs from outside of all calls
+        self.draws_outside = False
+        self.random: tuple[Tensor, ...] | None = None  # before the block, if it drew numbers
+        self.branches = list(_branches(block))
+        self.stateful = [module for module in block.modules() if module._buffers]
+        self.changed: list[tuple[nn.Module, str, Tensor]] = []
+        self.versions = [p._version for p in block.parameters()]
+        self.autocast = _autocast(h.device.type)
+
+    @property
+    def saved(self) -> int:
+        """How many tensors the block's gradient needs."""
+        return self.loose + sum(call.saved for call in self.calls)
+
+    def run(self, h: Tensor, keep: Callable[[Key, Tensor], Any], give: Callable[[Any], Tensor]) -> Tensor:
+        """The block's forward: `keep` gets what the gradient needs, and `give` what `keep` returned, to hand it out."""
+        inside: list[Call] = []
+        first = last = random_state(self.device)
+
+        def watch(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal last
+            if inside:
+                return plain(*args, **kwargs)
+            before = random_state(self.device)
+            self.draws_outside |= _differ(last, before)
+            inside.append(Call(module, args[0].requires_grad if _one_tensor(args, kwargs) else None))
+            self.calls.append(inside[0])
+            try:
+                output = plain(*args, **kwargs)
+            finally:
+                inside.clear()
+            last = random_state(self.device)
+            if _differ(before, last):
+                self.calls[-1].random = before
+            return output
+
+        def pack(tensor: Tensor) -> Any:
+            if inside:
+                inside[0].saved += 1
+                return keep((len(self.calls) - 1, inside[0].saved - 1), tensor)
+            self.loose += 1
+            return keep((-1, self.loose - 1), tensor)
+
+        before = [
+            (module, name, buffer, buffer._version, buffer.clone())
+            for module in self.stateful
+            if not _gathers(module)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        with _intercepted(self.branches, watch), saved_tensors_hooks(pack, give):
+            after = self.block(h)
+        end = random_state(self.device)
+        self.draws_outside |= _differ(last, end)
+        if _differ(first, end):
+            self.random = first
+        for module, name, buffer, version, value in before:
+            if module._buffers.get(name) is not buffer or buffer._version != version:
+                self.changed.append((module, name, value))
+        return after
+
+    def again(self, x: Tensor) -> tuple[Tensor, dict[Key, Tensor]]:
+        """The forward once more: the next state, and what its gradient needs.
+
+        Raises:
+            RuntimeError: If the block computes something else than it did.
+        """
+        kept: dict[Key, Tensor] = {}
+        twin = Record(self.block, x)
+        with self._as_it_was(), torch.enable_grad():
+            if self.random:
+                set_random_state(self.random)
+            after = twin.run(x.detach().requires_grad_(self.needs), _keeper(kept), _refuse)
+        if [call.saved for call in twin.calls] != [call.saved for call in self.calls] or twin.loose != self.loose:
+            raise RuntimeError(
+                f"reversible: {type(self.block).__name__} computes something else when its forward runs again; what it "
+                "computes may depend on its state, its weights, its buffers and torch's random numbers only"
+            )
+        return after.detach(), kept
+
+    def back(self, y: Tensor, *, capture: bool = False) -> tuple[Tensor, dict[Key, Tensor] | None]:
+        """The state before, by the block's inverse; and what the gradient needs, if the inverse computes that, too.
+
+        It does where forward and inverse call the same branches at the same states, in opposite orders, as couplings
+        do. Each call gets the random numbers that it had.
+
+        Args:
+            y: The state after the block.
+            capture: Keep what the gradient needs.
+
+        Raises:
+            RuntimeError: If the block draws random numbers and its inverse does not call what it called.
+        """
+        kept: dict[Key, Tensor] = {}
+        counts: Counter[int] = Counter()
+        left: dict[int, list[int]] = defaultdict(list)
+        for number, call in enumerate(self.calls):
+            left[id(call.module)].append(number)
+        inside: list[nn.Module] = []
+        strange = False
+
+        def watch(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal strange
+            if inside:
+                return plain(*args, **kwargs)
+            number = left[id(module)].pop() if left[id(module)] else None
+            strange |= number is None or not _one_tensor(args, kwargs)
+            if self.random and number is None:
+                raise RuntimeError(
+                    f"reversible: {type(self.block).__name__} draws random numbers, and its inverse calls "
+                    f"{type(module).__name__} more often than its forward: they cannot be drawn again"
+                )
+            inside.append(module)
+            try:
+                if number is None:
+                    return plain(*args, **kwargs)
+                call = self.calls[number]
+                if call.random:
+                    set_random_state(call.random)
+                if not capture or strange or call.needs is None:
+                    return plain(*args, **kwargs)
+                return _captured(plain, args[0], call.needs, _keeper(kept, number, counts))
+            finally:
+                inside.clear()
+
+        with self._as_it_was(), torch.no_grad(), _intercepted(self.branches, watch):
+            if self.random:
+                set_random_state(self.random)
+            x = self.block.inverse(y).detach()
+        complete = not (strange or any(left.values()) or self.loose or self.draws_outside)
+        complete = complete and all(counts[number] == call.saved for number, call in enumerate(self.calls))
+        return x, kept if capture and complete else None
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Buffers as before the forward, and copies, so that nothing is updated again; random state put back."""
+        if [p._version for p in self.block.parameters()] != self.versions:
+            raise RuntimeError(
+                f"reversible: parameters of {type(self.block).__name__} were changed in place since the forward whose "
+                "gradient is asked for; run the forward again"
+            )
+        before = {(id(module), name): value for module, name, value in self.changed}
+        own = [(module, dict(module._buffers)) for module in self.stateful]
+        random = random_state(self.device)
+        try:
+            for module, buffers in own:
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = before.get((id(module), name), buffer).clone()
+            with self.autocast():
+                yield
+        finally:
+            for module, buffers in own:
+                module._buffers.update(buffers)
+            if _differ(random_state(self.device), random):
+                set_random_state(random)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """The state of torch's random numbers: the processor's, and that of the device."""
+    cpu = torch.get_rng_state()
+    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+
+
+def set_random_state(state: tuple[Tensor, ...]) -> None:
+    """Put back what `random_state` gave; that of the current CUDA device, if there are two."""
+    torch.set_rng_state(state[0])
+    if len(state) == 2:
+        torch.cuda.set_rng_state(state[1])
+
+
+def _differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return any(x.numpy().tobytes() != y.numpy().tobytes() for x, y in zip(a, b, strict=True))
+
+
+def _autocast(device: str) -> Callable[[], torch.autocast]:
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return partial(torch.autocast, device, dtype, enabled, torch.is_autocast_cache_enabled())
+
+
+def _branches(block: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules inside a block that can be called."""
+    for child in block.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _branches(child)
+        else:
+            yield child
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether a module's buffers are statistics that it gathers and does not compute with, so old values are no use."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+
+
+def _one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+
+
+@contextmanager
+def _intercepted(modules: list[nn.Module], run: Callable[..., Any]) -> Iterator[None]:
+    """Forwards of these modules go through `run(module, forward, *args, **kwargs)`."""
+    own = [(module, vars(module).get("forward")) for module in modules]
+    for module, _ in own:
+        vars(module)["forward"] = partial(run, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in own:
+            if forward is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
+
+
+def _captured(plain: Callable[..., Any], x: Tensor, needs: bool, pack: Callable[[Tensor], None]) -> Tensor:
+    """A call with gradient, as it was in the forward, whose graph is let go at once."""
+    with torch.enable_grad(), saved_tensors_hooks(pack, _refuse):
+        return plain(x.detach().requires_grad_(needs)).detach()
+
+
+def _keeper(kept: dict[Key, Tensor], number: int | None = None, counts: Counter[int] | None = None) -> Callable:
+    """Puts what it is given into `kept`, with its key or as the next of a call."""
+    if number is None:
+        return lambda key, tensor: kept.__setitem__(key, tensor.detach())
+
+    def pack(tensor: Tensor) -> None:
+        kept[number, counts[number]] = tensor.detach()
+        counts[number] += 1
+
+    return pack
+
+
+def _refuse(packed: Any) -> Tensor:
+    raise RuntimeError("reversible: a block asks for a gradient inside of its own forward; its inverse cannot do that")
