@@ -1,4 +1,4 @@
-"""What a block did in a forward, kept without its tensors, and doing it again: the same random numbers, no new statistics.
+"""What a block did in a forward, kept without its tensors, and doing it again: same random numbers, no new statistics.
 
 A *call* is one call of a module that the block holds, from the outside (a branch), in one forward of the block. Tensors
 that the gradient needs have a *key*: the number of the call, -1 outside of all, and their number in it.
@@ -6,7 +6,7 @@ that the gradient needs have a *key*: the number of the call, -1 outside of all,
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ class Call:
 
     module: nn.Module
     needs: bool | None
-    random: tuple[Tensor, ...] | None = None
+    random: tuple[bytes, ...] | None = None
     saved: int = 0
 
 
@@ -48,11 +48,13 @@ class Record:
         self.calls: list[Call] = []
         self.loose = 0  # tensors that the gradient needs from outside of all calls
         self.draws_outside = False
-        self.random: tuple[Tensor, ...] | None = None  # before the block, if it drew numbers
+        self.random: tuple[bytes, ...] | None = None  # before the block, if it drew numbers
         self.branches = list(_branches(block))
-        self.stateful = [module for module in block.modules() if module._buffers]
+        modules = list(block.modules())
+        self.stateful = [module for module in modules if module._buffers]
         self.changed: list[tuple[nn.Module, str, Tensor]] = []
-        self.versions = [p._version for p in block.parameters()]
+        weights = (p for module in modules for p in module._parameters.values() if p is not None)
+        self.versions = [(p, p._version) for p in weights]
         self.autocast = _autocast(h.device.type)
 
     @property
@@ -70,7 +72,7 @@ class Record:
             if inside:
                 return plain(*args, **kwargs)
             before = random_state(self.device)
-            self.draws_outside |= _differ(last, before)
+            self.draws_outside |= last != before
             inside.append(Call(module, args[0].requires_grad if _one_tensor(args, kwargs) else None))
             self.calls.append(inside[0])
             try:
@@ -78,7 +80,7 @@ class Record:
             finally:
                 inside.clear()
             last = random_state(self.device)
-            if _differ(before, last):
+            if before != last:
                 self.calls[-1].random = before
             return output
 
@@ -99,8 +101,8 @@ class Record:
         with _intercepted(self.branches, watch), saved_tensors_hooks(pack, give):
             after = self.block(h)
         end = random_state(self.device)
-        self.draws_outside |= _differ(last, end)
-        if _differ(first, end):
+        self.draws_outside |= last != end
+        if first != end:
             self.random = first
         for module, name, buffer, version, value in before:
             if module._buffers.get(name) is not buffer or buffer._version != version:
@@ -117,7 +119,7 @@ class Record:
         twin = Record(self.block, x)
         with self._as_it_was(), torch.enable_grad():
             if self.random:
-                set_random_state(self.random)
+                set_random_state(self.random, self.device)
             after = twin.run(x.detach().requires_grad_(self.needs), _keeper(kept), _refuse)
         if [call.saved for call in twin.calls] != [call.saved for call in self.calls] or twin.loose != self.loose:
             raise RuntimeError(
@@ -164,7 +166,7 @@ class Record:
                     return plain(*args, **kwargs)
                 call = self.calls[number]
                 if call.random:
-                    set_random_state(call.random)
+                    set_random_state(call.random, self.device)
                 if not capture or strange or call.needs is None:
                     return plain(*args, **kwargs)
                 return _captured(plain, args[0], call.needs, _keeper(kept, number, counts))
@@ -173,7 +175,7 @@ class Record:
 
         with self._as_it_was(), torch.no_grad(), _intercepted(self.branches, watch):
             if self.random:
-                set_random_state(self.random)
+                set_random_state(self.random, self.device)
             x = self.block.inverse(y).detach()
         complete = not (strange or any(left.values()) or self.loose or self.draws_outside)
         complete = complete and all(counts[number] == call.saved for number, call in enumerate(self.calls))
@@ -182,7 +184,7 @@ class Record:
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Buffers as before the forward, and copies, so that nothing is updated again; random state put back."""
-        if [p._version for p in self.block.parameters()] != self.versions:
+        if any(p._version != version for p, version in self.versions):
             raise RuntimeError(
                 f"reversible: parameters of {type(self.block).__name__} were changed in place since the forward whose "
                 "gradient is asked for; run the forward again"
@@ -200,30 +202,33 @@ class Record:
         finally:
             for module, buffers in own:
                 module._buffers.update(buffers)
-            if _differ(random_state(self.device), random):
-                set_random_state(random)
+            if random_state(self.device) != random:
+                set_random_state(random, self.device)
 
 
-def random_state(device: torch.device) -> tuple[Tensor, ...]:
+def random_state(device: torch.device) -> tuple[bytes, ...]:
     """The state of torch's random numbers: the processor's, and that of the device."""
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+    cpu = torch.get_rng_state().numpy().tobytes()
+    return (cpu, torch.cuda.get_rng_state(device).numpy().tobytes()) if device.type == "cuda" else (cpu,)
 
 
-def set_random_state(state: tuple[Tensor, ...]) -> None:
-    """Put back what `random_state` gave; that of the current CUDA device, if there are two."""
-    torch.set_rng_state(state[0])
-    if len(state) == 2:
-        torch.cuda.set_rng_state(state[1])
+def set_random_state(state: tuple[bytes, ...], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    cpu, *others = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in state)
+    torch.set_rng_state(cpu)
+    for other in others:
+        torch.cuda.set_rng_state(other, device)
 
 
-def _differ(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return any(x.numpy().tobytes() != y.numpy().tobytes() for x, y in zip(a, b, strict=True))
+def _autocast(device: str) -> Callable[[], AbstractContextManager]:
+    """Makes contexts with the present settings of autocast."""
+    if not torch.is_autocast_enabled(device):
+        return partial(_no_autocast, device)
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled())
 
 
-def _autocast(device: str) -> Callable[[], torch.autocast]:
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return partial(torch.autocast, device, dtype, enabled, torch.is_autocast_cache_enabled())
+def _no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _branches(block: nn.Module) -> Iterator[nn.Module]:

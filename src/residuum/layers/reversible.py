@@ -43,11 +43,12 @@ class DriftError(RuntimeError):
 def reversible(blocks: Iterable[nn.Module], *, tolerance: float = 1e-4, spacing: int = SPACING) -> "Reversible":
     """A stack of blocks that trains with a number of stored states that hardly grows with its depth.
 
-    `h -> block_n(.. block_1(h))`, with the gradients, buffers and random numbers of `nn.Sequential(*blocks)`: batch norm
-    counts each step once, dropout is drawn again. In the backward `block.inverse` rebuilds the states from the last
-    one. Stored are that, the first, and anchors every `spacing` blocks, from which rebuilding starts anew. At each of
-    them the rebuilt state is compared with the stored one; in the first backward and every hundredth, a second state
-    close by is rebuilt as well, which measures how the inverses amplify errors. What exceeds the tolerance is refused.
+    `h -> block_n(.. block_1(h))`, with the gradients, buffers and random numbers of `nn.Sequential(*blocks)`: batch
+    norm counts each step once, dropout is drawn again. In the backward `block.inverse` rebuilds the states from the
+    last one. Stored are that, the first, and anchors every `spacing` blocks, from which rebuilding starts anew. At each
+    of them the rebuilt state is compared with the stored one. In the first backward and every hundredth, a second state
+    close by is rebuilt as well, which measures how the inverses amplify rounding. What exceeds the tolerance is
+    refused.
 
     Args:
         blocks: Modules with `forward(h)` and `inverse(h)` of one tensor; the user's own as well. Parameters and values
@@ -131,7 +132,7 @@ class _Stored:
         """The state."""
         if self.state._version != self.version:
             raise RuntimeError(
-                "reversible: a state of the stack, its input or its output, was changed in place after the forward; the "
+                "a state of the stack, its input or its output, was changed in place after the forward; the "
                 "backward starts from it"
             )
         return self.state
@@ -227,31 +228,37 @@ class _Path:
 
 
 class _Errors:
-    """How errors grow while states are rebuilt: a second state close by is rebuilt with the first."""
+    """How rounding errors grow while states are rebuilt: a second state, off by many times as much, is rebuilt, too."""
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.near: Tensor | None = None
-        self.error = self.worst = 0.0
+        self.draw = torch.Generator().manual_seed(0)
+        self.begin()
+
+    def begin(self) -> None:
+        """At a state without error."""
+        self.delta: Tensor | None = None
+        self.scale = self.error = self.worst = 0.0  # delta is the error times this
         self.where = 0
 
     def back(self, place: int, y: Tensor, x: Tensor, record: Record) -> None:
-        """One block further: `error <- amplification error + rounding`, each relative to the size of the state."""
+        """One block further: the error of the state before it, from that of the state after it and fresh rounding."""
         unit = torch.finfo(y.dtype).eps
-        if self.near is None:
-            draw = torch.Generator(y.device).manual_seed(place)
-            noise = torch.randn(y.shape, generator=draw, device=y.device, dtype=y.dtype)
+        noise = torch.randn(y.shape, generator=self.draw, dtype=y.dtype).to(y.device) * y
+        if self.delta is None:
+            self.scale = unit**-0.5
+            delta = noise * (unit * self.scale)
         else:
-            noise = self.near - y
-        delta = noise * (math.sqrt(unit) * _sizes(y) / _sizes(noise).clamp_min(torch.finfo(y.dtype).tiny))
+            # Small enough for the blocks to be linear, large enough not to be rounded away.
+            shrink = min(1.0, 10 * math.sqrt(unit) / max(self.error * self.scale, unit))
+            self.scale *= shrink
+            delta = self.delta * shrink + noise * (unit * self.scale)
         near, _ = record.back(y + delta)
-        before, after = _sizes(delta) / _sizes(y).clamp_min(1e-30), _sizes(near - x) / _sizes(x).clamp_min(1e-30)
-        amplification = float((after / before.clamp_min(1e-30)).max()) if y.numel() else 0.0
-        self.near = near
-        self.error = amplification * self.error + unit
+        self.delta = near - x
+        self.error = _distance(near, x) / self.scale
         if self.error > self.worst or math.isnan(self.error):
             self.worst, self.where = self.error, place
-        if self.worst > self.tolerance and bool(torch.isfinite(y).all()):
+        if not self.worst <= self.tolerance and bool(torch.isfinite(y).all()):
             raise DriftError(self.worst, self.tolerance, self.where, "predicted from the measured amplification")
 
     def calibrate(self, drift: float) -> None:
@@ -259,7 +266,7 @@ class _Errors:
         largest = self.worst * max(drift / self.error, 1.0) if self.error else drift
         if largest > self.tolerance:
             raise DriftError(largest, self.tolerance, self.where, "from the measured amplification and drift")
-        self.near, self.error, self.worst = None, 0.0, 0.0
+        self.begin()
 
 
 def _sizes(h: Tensor) -> Tensor:
