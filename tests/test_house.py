@@ -19,10 +19,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
+    ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes", "bytes", "solve"],
     ["streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
-    ["models", "profiles", "titles", "facts"],
+    ["models", "profiles", "titles", "facts", "stability"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching"],
     ["probing", "panels"],
@@ -187,6 +187,7 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "stability": {"out", "force"},
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
     "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
@@ -209,6 +210,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "stability": flags.Stability,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
         "data digitclutter": flags.DataDigitclutter,

@@ -31,6 +31,7 @@ from residuum.processes import rank
 from residuum.progress import bar
 from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
+from residuum.stability import draw
 from residuum.training import Row, TrainConfig
 from residuum.training import train as train_network
 from residuum.zoos import Reads
@@ -160,6 +161,18 @@ def report(flags: options.Report, command: str) -> None:
         raise FileExistsError(f"{flags.out} exists; choose another file, or replace it with --force")
     report_page.write(flags.folders, flags.out)
     screen.print(f"report: {flags.out.resolve()}")
+
+
+def stability(flags: options.Stability, command: str) -> None:
+    """Draw phase planes and regions of stability.
+
+    Args:
+        flags: The command's options.
+        command: Not used.
+    """
+    with new_folder(flags.out, replace=flags.force) as folder:
+        draw(folder)
+    screen.print(f"figures: {flags.out.resolve()}")
 
 
 def data(flags: options.DataCommand, command: str) -> None:

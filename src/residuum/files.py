@@ -29,6 +29,10 @@ OURS = frozenset(
         "indices.json",
         "provenance.json",
         "report.html",
+        "phase_plane.png",
+        "phase_plane.pdf",
+        "regions.png",
+        "regions.pdf",
     }
 )
 PARTIAL = ".partial-"

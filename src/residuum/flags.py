@@ -180,6 +180,19 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Stability:
+    """Draw what one step, explicit or implicit, does to a rotation, and where each of them is stable.
+
+    Attributes:
+        out: Folder to write.
+        force: Replace an existing folder of figures.
+    """
+
+    out: Path
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class DataList:
     """List the data sets that have a name, and whether they are on this machine.
 
@@ -253,4 +266,4 @@ class DataCommand:
     what: Data
 
 
-Command = Demo | Train | Probe | Report | Annotated[DataCommand, tyro.conf.subcommand("data")]
+Command = Demo | Train | Probe | Report | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]

@@ -12,6 +12,7 @@ from torch import nn
 
 from residuum.data import Preparation
 from residuum.files import restore_, stored, write_atomically, write_json
+from residuum.layers.anystep import described, rebuilt
 from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
@@ -96,7 +97,7 @@ def save_run(
     write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,
-        "network": asdict(model.config),
+        "network": asdict(model.config) | {"step": described(model.config.step)},
         "preparation": asdict(preparation),
         "classes": classes,
         "training": training,
@@ -201,7 +202,7 @@ def _network(written: dict[str, Any]) -> ResNetConfig:
     for name, kind in (("sharing", Sharing), ("limit", Limit)):
         if written.get(name) is not None:
             values[name] = kind(**written[name])
-    return ResNetConfig(**values)
+    return ResNetConfig(**values | {"step": rebuilt(written.get("step"))})
 
 
 def _tupled(value: Any) -> Any:

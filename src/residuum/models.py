@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from residuum.layers.anystep import Step, branches_of, solves
 from residuum.layers.coupling import mix_weights_
 from residuum.layers.lipschitz import Limit, clip_, limit_
 from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
@@ -41,6 +42,9 @@ class ResNetConfig:
         alike: How alike the weights of a section's blocks start: 0 independent, 1 equal, between them mixtures of own
             and common weights (`mix_weights_`).
         limit: Lipschitz limit of the branches of residual blocks (those that change the shape are left alone).
+        step: How the branch f of a residual block becomes the block; None: h + f(h). A step that solves an equation
+            needs norm "group" or "none". A two-state step acts on halves of the channels, its branches are as wide.
+            Blocks that change the shape stay as they are.
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
     sections of 16, 32, 64 channels.
@@ -59,6 +63,7 @@ class ResNetConfig:
     sharing: Sharing | None = None
     alike: float = 0.0
     limit: Limit | None = None
+    step: Step | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.widths):
@@ -86,6 +91,8 @@ class ResNetConfig:
             raise ValueError("group norm has no Lipschitz constant to limit; use norm 'batch' or 'none'")
         if self.sharing is not None:
             self._check(self.sharing)
+        if self.step is not None:
+            self._check_step(self.step)
 
     def _check(self, sharing: Sharing) -> None:
         if max(self.blocks) <= sharing.free:
@@ -94,6 +101,16 @@ class ResNetConfig:
             )
         if self.norm != "batch" and not sharing.naive:
             raise ValueError(f"there is no batch norm to unshare with norm {self.norm!r}; share all of it")
+
+    def _check_step(self, step: Step) -> None:
+        if solves(step) and self.norm == "batch":
+            raise ValueError(
+                f"{type(step).__name__} solves an equation, which batch norm changes; use norm 'group' or 'none'"
+            )
+        if any(width % branches_of(step)[1] for width in self.widths):
+            raise ValueError(f"{type(step).__name__} acts on halves of the channels, but widths are {self.widths}")
+        if self.alike:
+            raise ValueError("alike is for blocks h + f(h); leave out step or alike")
 
     @property
     def first(self) -> int:
@@ -135,6 +152,11 @@ class Residual(nn.Module):
         return self.skip(h) + self.branch(h)
 
 
+def _as_step(block: nn.Module, name: str) -> Block:
+    """A block in a stream; of a step of another kind than h + f(h) the update is what it changes."""
+    return block.as_step(name) if isinstance(block, Residual) else Block(name, block)
+
+
 def _norm(kind: str, width: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(width)
@@ -145,6 +167,17 @@ def _rectified(norm: nn.Module, h: Tensor) -> Tensor:
     """`relu(norm(h))`; in place on what the norm gave, which nobody else sees and whose backward does not need it."""
     normalised = norm(h)
     return F.relu(normalised, inplace=normalised is not h)
+
+
+class _Branch(nn.Module):
+    """The branch of a residual block as a module, for steps."""
+
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block.branch(h)
 
 
 class ResNet(nn.Module):
@@ -190,10 +223,19 @@ class ResNet(nn.Module):
         inside = int(config.shapes_inside(section))
         length, sharing = config.blocks[section] - inside, config.sharing
         pattern = tuple(range(length)) if sharing is None else sharing.pattern(length, before=inside)
-        blocks = [Residual(width, width, bias=config.bias, norm=config.norm) for _ in set(pattern)]
+        blocks = [self._block(width) for _ in set(pattern)]
         if sharing is None:
             return nn.ModuleList(blocks)
         return share(blocks, pattern, statistics=sharing.statistics, affine=sharing.affine, gamma=sharing.gamma)
+
+    def _block(self, width: int) -> nn.Module:
+        config = self.config
+        if config.step is None:
+            return Residual(width, width, bias=config.bias, norm=config.norm)
+        count, parts = branches_of(config.step)
+        part = width // parts
+        branches = (_Branch(Residual(part, part, bias=config.bias, norm=config.norm)) for _ in range(count))
+        return config.step(*branches)
 
     def _transition(self, width_in: int, width: int, *, stride: int) -> nn.Module:
         config = self.config
@@ -223,7 +265,7 @@ class ResNet(nn.Module):
         for s, section in enumerate(self.sections):
             if s:
                 size = size // 2 if self.config.transition == "pool" else -(-size // 2)
-            for block in section:
+            for block in (module for module in section.modules() if isinstance(module, Residual)):
                 for conv in (block.conv1, block.conv2):
                     if not parametrize.is_parametrized(conv):  # blocks that share have it once
                         limit_(conv, limit.bound**0.5, (size, size))
@@ -240,7 +282,7 @@ class ResNet(nn.Module):
             blocks = unrolled(section)
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}" if s else "widen",) if self.config.shapes_inside(s) else ()
-            steps = tuple(block.as_step(name) for name, block in zip(names, blocks, strict=True))
+            steps = tuple(_as_step(block, name) for name, block in zip(names, blocks, strict=True))
             # With hooks on the block its branch is not what it adds, and its skip not what is left.
             skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
             sections.append(Section(f"section {s + 1}", entry, steps, passed, skip))
