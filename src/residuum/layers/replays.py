@@ -4,7 +4,7 @@ A *call* is one call of a module that the block holds, from the outside (a branc
 that the gradient needs have a *key*: the number of the call, -1 outside of all, and their number in it.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,8 +62,18 @@ class Record:
         """How many tensors the block's gradient needs."""
         return self.loose + sum(call.saved for call in self.calls)
 
-    def run(self, h: Tensor, keep: Callable[[Key, Tensor], Any], give: Callable[[Any], Tensor]) -> Tensor:
-        """The block's forward: `keep` gets what the gradient needs, and `give` what `keep` returned, to hand it out."""
+    def run(self, h: Tensor, kept: dict[Key, Any], give: Callable[[Key], Any]) -> Tensor:
+        """The block's forward.
+
+        Args:
+            h: The state before it.
+            kept: Is filled with what the gradient needs. The caller empties it to forget that.
+            give: Is asked for what the gradient needs and `kept` no longer has.
+
+        Raises:
+            RuntimeError: If the block changes in place what its gradient needs.
+        """
+        versions: list[tuple[Tensor, int]] = []
         inside: list[Call] = []
         first = last = random_state(self.device)
 
@@ -87,9 +97,13 @@ class Record:
         def pack(tensor: Tensor) -> Any:
             if inside:
                 inside[0].saved += 1
-                return keep((len(self.calls) - 1, inside[0].saved - 1), tensor)
-            self.loose += 1
-            return keep((-1, self.loose - 1), tensor)
+                key = len(self.calls) - 1, inside[0].saved - 1
+            else:
+                self.loose += 1
+                key = -1, self.loose - 1
+            kept[key] = tensor.detach()
+            versions.append((kept[key], tensor._version))
+            return key
 
         before = [
             (module, name, buffer, buffer._version, buffer.clone())
@@ -98,8 +112,13 @@ class Record:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        with _intercepted(self.branches, watch), saved_tensors_hooks(pack, give):
+        with _intercepted(self.branches, watch), _saved(pack, kept, give):
             after = self.block(h)
+        if any(tensor._version != version for tensor, version in versions):
+            raise RuntimeError(
+                f"reversible: {type(self.block).__name__} changes a tensor in place that its gradient needs; use the "
+                "operation that gives a new one"
+            )
         end = random_state(self.device)
         self.draws_outside |= last != end
         if first != end:
@@ -120,7 +139,7 @@ class Record:
         with self._as_it_was(), torch.enable_grad():
             if self.random:
                 set_random_state(self.random, self.device)
-            after = twin.run(x.detach().requires_grad_(self.needs), _keeper(kept), _refuse)
+            after = twin.run(x.detach().requires_grad_(self.needs), kept, _gone)
         if [call.saved for call in twin.calls] != [call.saved for call in self.calls] or twin.loose != self.loose:
             raise RuntimeError(
                 f"reversible: {type(self.block).__name__} computes something else when its forward runs again; what it "
@@ -142,7 +161,7 @@ class Record:
             RuntimeError: If the block draws random numbers and its inverse does not call what it called.
         """
         kept: dict[Key, Tensor] = {}
-        counts: Counter[int] = Counter()
+        counts: dict[int, int] = {}
         left: dict[int, list[int]] = defaultdict(list)
         for number, call in enumerate(self.calls):
             left[id(call.module)].append(number)
@@ -169,7 +188,9 @@ class Record:
                     set_random_state(call.random, self.device)
                 if not capture or strange or call.needs is None:
                     return plain(*args, **kwargs)
-                return _captured(plain, args[0], call.needs, _keeper(kept, number, counts))
+                x = args[0].detach().requires_grad_(call.needs)
+                output, counts[number] = captured(plain, x, number, kept)
+                return output.detach()
             finally:
                 inside.clear()
 
@@ -178,7 +199,7 @@ class Record:
                 set_random_state(self.random, self.device)
             x = self.block.inverse(y).detach()
         complete = not (strange or any(left.values()) or self.loose or self.draws_outside)
-        complete = complete and all(counts[number] == call.saved for number, call in enumerate(self.calls))
+        complete = complete and all(counts.get(number) == call.saved for number, call in enumerate(self.calls))
         return x, kept if capture and complete else None
 
     @contextmanager
@@ -265,23 +286,36 @@ def _intercepted(modules: list[nn.Module], run: Callable[..., Any]) -> Iterator[
                 vars(module)["forward"] = forward
 
 
-def _captured(plain: Callable[..., Any], x: Tensor, needs: bool, pack: Callable[[Tensor], None]) -> Tensor:
-    """A call with gradient, as it was in the forward, whose graph is let go at once."""
-    with torch.enable_grad(), saved_tensors_hooks(pack, _refuse):
-        return plain(x.detach().requires_grad_(needs)).detach()
+def captured(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    number: int,
+    kept: dict[Key, Tensor],
+    give: Callable[[Key], Any] | None = None,
+) -> tuple[Tensor, int]:
+    """f(x) with gradient; what that needs goes into `kept`, as of the call of that number. And how much it was.
+
+    What is then no longer in `kept` is asked of `give`.
+    """
+    count = 0
+
+    def pack(tensor: Tensor) -> Key:
+        nonlocal count
+        key = number, count
+        kept[key], count = tensor.detach(), count + 1
+        return key
+
+    with torch.enable_grad(), _saved(pack, kept, give or _gone):
+        output = f(x)
+    return output, count
 
 
-def _keeper(kept: dict[Key, Tensor], number: int | None = None, counts: Counter[int] | None = None) -> Callable:
-    """Puts what it is given into `kept`, with its key or as the next of a call."""
-    if number is None:
-        return lambda key, tensor: kept.__setitem__(key, tensor.detach())
-
-    def pack(tensor: Tensor) -> None:
-        kept[number, counts[number]] = tensor.detach()
-        counts[number] += 1
-
-    return pack
+def _saved(
+    pack: Callable[[Tensor], Key], kept: dict[Key, Any], give: Callable[[Key], Any]
+) -> AbstractContextManager[None]:
+    """What autograd saves goes through `pack`, and comes from `kept` or else from `give`."""
+    return saved_tensors_hooks(pack, lambda key: kept[key] if key in kept else give(key))
 
 
-def _refuse(packed: Any) -> Tensor:
-    raise RuntimeError("reversible: a block asks for a gradient inside of its own forward; its inverse cannot do that")
+def _gone(key: Key) -> Tensor:
+    raise RuntimeError("reversible: the gradient of a block that was run again is not there")

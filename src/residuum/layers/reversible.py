@@ -8,11 +8,14 @@ So every parameter, captured value and hook gets its gradient from autograd itse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from residuum.layers.implicit import LightRecord, is_light
 from residuum.layers.replays import Key, Record
 
 State = Float[Tensor, "example *shape"]
@@ -152,24 +155,25 @@ class _Path:
         """The state after all blocks."""
         depth = len(self.stack.blocks)
         for place, block in enumerate(self.stack.blocks):
-            record = Record(block, h)
+            record = LightRecord(block, h) if is_light(block) else Record(block, h)
             self.records.append(record)
-            h = record.run(h, lambda key, tensor, place=place: (place, key), self._give)
+            kept: dict[Key, Any] = {}
+            h = record.run(h, kept, partial(self._give, place))
+            kept.clear()
             if place + 1 == depth or ((place + 1) % self.stack.spacing == 0 and depth - place > self.stack.spacing):
                 self.stored[place + 1] = _Stored(h.detach(), h._version)
         return h
 
-    def _give(self, name: tuple[int, Key]) -> Tensor:
-        """A tensor that the gradient of a block needs."""
+    def _give(self, place: int, key: Key) -> Any:
+        """What the gradient of a block needs, by its key."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "reversible: second derivatives (create_graph=True) are not offered: rebuilt states know nothing of "
                 "where they come from; use eval mode or nn.Sequential for them"
             )
-        place, key = name
         if place != self.place or key not in self.kept:
             self._rebuild(place)
-        return self.kept.pop(key)
+        return self.kept[key]
 
     def _state(self, place: int) -> Tensor:
         """The state before a block; the nearest known one above it is where rebuilding starts."""
@@ -200,22 +204,24 @@ class _Path:
             self._compare(place, x)
 
     def _checked(
-        self, place: int, y: Tensor, kept: dict[Key, Tensor] | None, after: Tensor, again: dict[Key, Tensor]
-    ) -> dict[Key, Tensor]:
+        self, place: int, y: Tensor, kept: dict[Key, Any] | None, after: Tensor, again: dict[Key, Any]
+    ) -> dict[Key, Any]:
         """What the inverse has captured, if that is what the forward computes; else what that does."""
-        tolerance = max(self.stack.tolerance, 8 * torch.finfo(y.dtype).eps)
-        drift = _distance(after, y)
-        if drift > tolerance:
+        drift, tolerance = _distance(after, y), self._tolerance(y)
+        if not drift <= tolerance and bool(torch.isfinite(y).all()):
             raise DriftError(drift, tolerance, place, "forward and inverse do not agree")
-        self.stack._inverse_is_enough[place] = kept is not None and all(
-            kept[key].shape == value.shape
-            and (
-                not value.is_floating_point()
-                or _distance(kept[key], value) <= max(tolerance, 8 * torch.finfo(value.dtype).eps)
-            )
-            for key, value in again.items()
-        )
-        return kept if self.stack._inverse_is_enough[place] else again
+        enough = kept is not None and all(self._alike(kept[key], value) for key, value in again.items())
+        self.stack._inverse_is_enough[place] = enough
+        return kept if enough else again
+
+    def _tolerance(self, like: Tensor) -> float:
+        return max(self.stack.tolerance, 8 * torch.finfo(like.dtype).eps)
+
+    def _alike(self, a: Any, b: Any) -> bool:
+        """Whether two values that a gradient needs are one; whole numbers and products are not compared."""
+        if not isinstance(b, Tensor) or a.shape != b.shape or not b.is_floating_point():
+            return not isinstance(b, Tensor) or a.shape == b.shape
+        return bool((a - b).norm() <= self._tolerance(b) * b.norm())
 
     def _compare(self, place: int, x: Tensor) -> None:
         """The rebuilt state and the true one."""
