@@ -19,8 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "names", "memory", "vision", "calls", "readings", "processes", "bytes", "solve"],
-    ["streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
+    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
+    ["solvers"],
+    ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
     ["models", "profiles", "titles", "facts", "stability"],
     ["probes", "nulls", "training", "zoos", "charts"],

@@ -268,7 +268,7 @@ def test_what_cannot_be_a_stack_is_refused() -> None:
     with pytest.raises(ValueError, match="no blocks"):
         reversible([])
     with pytest.raises(ValueError, match="tolerance is 0"):
-        reversible([Scaled()], tolerance=0)
+        reversible([Scaled()], tolerance=0.0)
     with pytest.raises(ValueError, match="spacing is 5"):
         reversible([Scaled()], spacing=5)
 
@@ -279,7 +279,7 @@ def test_an_inverse_that_is_none_is_found_out() -> None:
             return super().inverse(h) * 1.01
 
     with pytest.raises(DriftError, match="forward and inverse do not agree"):
-        gradients(reversible([Wrong(dense(), dense())]), torch.randn(3, 4))
+        gradients(reversible([Wrong(dense(), dense()) for _ in range(2)]), torch.randn(3, 4))
 
 
 def test_momentum_that_forgets_is_refused_and_one_that_hardly_does_is_not() -> None:
@@ -325,10 +325,10 @@ def test_cut_sees_the_blocks_and_one_training_step_lowers_the_loss() -> None:
     stream = cut(model.eval(), x)
     assert [block.name for block in stream.sections[0].blocks] == [f"1.blocks.{i}" for i in range(4)]
     assert torch.allclose(stream.run().output, model(x))
-    optimiser, before = torch.optim.SGD(model.train().parameters(), 0.01), float(model(x).square().sum())
+    optimiser, before = torch.optim.SGD(model.train().parameters(), 0.01), model(x).square().sum().item()
     model(x).square().sum().backward()
     optimiser.step()
-    assert float(model(x).square().sum()) < before
+    assert model(x).square().sum().item() < before
 
 
 def test_the_byte_counter_counts_what_is_known() -> None:

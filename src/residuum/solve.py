@@ -1,0 +1,346 @@
+"""Fixed points x = f(x), per example, differentiable by the implicit function theorem.
+
+The solve itself is not recorded. Where gradients are wanted f is applied twice more, at the solution y. The first time
+at a leaf: this graph gives the products with J = df/dx and, once `(I - J^T) v = g` is solved, the gradients of all that
+f captures. Its result with these derivatives, y1, is what f is applied to the second time; `f(y1) - J y1` with J held
+constant has the right first and second derivatives. Only a backward pass with `create_graph=True` walks that one.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.nn.modules.batchnorm import _NormBase
+
+from residuum.linear import GMRES, BiCGStab, LinearSolver, Map, Neumann, Record
+from residuum.solvers import Anderson, NewtonKrylov, Picard, Solver, constant, products, transforms
+
+__all__ = [
+    "GMRES",
+    "Anderson",
+    "BiCGStab",
+    "ConvergenceError",
+    "LinearSolver",
+    "Neumann",
+    "NewtonKrylov",
+    "Picard",
+    "Record",
+    "Solution",
+    "Solver",
+    "fixed_point",
+]
+
+
+class ConvergenceError(RuntimeError):
+    """A solve that did not reach its tolerance; the message says how far it came and what may help."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The fixed point of every example, and how it was found.
+
+    Attributes:
+        value: The solutions, differentiable in everything that f captures; where `converged` is False the last iterate.
+        steps: Steps of the solver per example.
+        residual: `|f(x) - x| / (1 + |x|)` at the value per example, 2-norms, dimensionless.
+        converged: Whether the residual is within the tolerance.
+        evaluations: Evaluations of f on the batch, two for the gradients included, and products with its Jacobian.
+        adjoint: One record per linear solve of a backward pass so far; its residual is `|g + J^T v - v| / (|g| + |v|)`.
+    """
+
+    value: Float[Tensor, " example *state"]
+    steps: Int[Tensor, " example"]
+    residual: Float[Tensor, " example"]
+    converged: Bool[Tensor, " example"]
+    evaluations: int
+    adjoint: list[Record] = field(default_factory=list)
+
+
+def fixed_point(
+    f: Map,
+    x0: Float[Tensor, " example *state"],
+    solver: Solver,
+    *,
+    adjoint: LinearSolver | None = None,
+    throw: bool = True,
+) -> Solution:
+    """The solution of x = f(x) for every example along dimension 0, with first and second derivatives.
+
+    An example is finished when `|f(x) - x| <= tol (1 + |x|)`. It is then left as it is while the others go on, so its
+    answer is bitwise the same whatever the other rows hold, provided that f treats examples independently. Gradients
+    reach all tensors that f captures (parameters, inputs), not x0. With v from `(I - J^T) v = g` the gradient is
+    `(df/dp)^T v`; its error is proportional to the residual. Third derivatives are not right. `torch.func.grad`, `vjp`
+    and `jvp` work, `vmap` does not. Under autocast everything here runs in float32.
+
+    Args:
+        f: The map. It must give the same result each time and change nothing.
+        x0: Where to start; also gives shape, precision and device. No gradient flows to it.
+        solver: `Picard`, `Anderson` or `NewtonKrylov`.
+        adjoint: Solver of the backward pass: `Neumann`, `Anderson`, `BiCGStab` or `GMRES`. None: the linear companion
+            of the solver with its tolerance: Neumann for Picard, BiCGStab for Anderson, GMRES for NewtonKrylov.
+        throw: Raise where an example does not converge, here or in the backward pass; False: `converged` and the
+            records in `adjoint` say so.
+
+    Raises:
+        ConvergenceError: If an example did not converge; from `backward()` if the adjoint did not.
+        TypeError: If f gives no tensor, or x0 is not of floating point.
+        ValueError: If f gives another shape or precision, holds a batch norm in training mode, or a tolerance is below
+            what the precision can resolve.
+        NotImplementedError: Under `torch.vmap`, or a jvp inside a jvp.
+
+    Source: implicit function theorem; Bai, Kolter & Koltun (2019), theorem 1, for the first derivative.
+    """
+    _check(f, x0)
+    device = x0.device.type
+    dtype = torch.float32 if torch.is_autocast_enabled(device) and x0.dtype != torch.float64 else x0.dtype
+    adjoint = adjoint or _companion(solver)
+    for used in (solver, adjoint):
+        _check_tolerance(used, dtype)
+    with torch.autocast(device, enabled=False):
+        with constant():
+            x = x0.to(dtype, copy=True)
+            rows = _Rows(x)
+            y, record = solver.solve(lambda r: rows.flat(_value(f, rows.shaped(r))), rows.flat(x))
+        _judge("fixed_point", solver, record, throw)
+        solution = Solution(rows.shaped(y), record.steps, record.residual, record.converged, record.evaluations)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return _differentiable(f, solution, adjoint, rows, throw)
+        return solution
+
+
+def _companion(solver: Solver) -> LinearSolver:
+    """The linear solver that goes with a nonlinear one, with its tolerance."""
+    if isinstance(solver, Picard):
+        return Neumann(solver.tol, solver.max_steps)
+    return GMRES(solver.tol) if isinstance(solver, NewtonKrylov) else BiCGStab(solver.tol)
+
+
+class _Rows:
+    """States as rows `[example, n]`, in the order in which the first state lies in memory, and back."""
+
+    def __init__(self, x: Float[Tensor, " example *state"]) -> None:
+        order = sorted(range(1, x.ndim), key=lambda d: -x.stride(d))
+        self.plain, self.order = x.ndim == 2, (0, *order)
+        self.inside = [x.shape[d] for d in self.order]
+        self.size = x.shape[1:].numel()
+        self.back = [self.order.index(d) for d in range(x.ndim)]
+
+    def flat(self, x: Tensor) -> Float[Tensor, "example n"]:
+        return x if self.plain else x.permute(self.order).reshape(len(x), self.size)
+
+    def shaped(self, r: Tensor) -> Float[Tensor, " example *state"]:
+        return r if self.plain else r.view(self.inside).permute(self.back)
+
+
+def _value(f: Map, x: Tensor) -> Tensor:
+    """f(x), of the right kind."""
+    out = f(x)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fixed_point: f must give a tensor; it gave {type(out).__name__}")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"fixed_point: f must keep shape and precision; it made {out.dtype} {tuple(out.shape)} "
+            f"of {x.dtype} {tuple(x.shape)}"
+        )
+    return out
+
+
+def _differentiable(f: Map, solution: Solution, linear: LinearSolver, rows: _Rows, throw: bool) -> Solution:
+    """The solution with derivatives in everything that f captures, if that asks for any."""
+    y = solution.value
+    first, pull, push = products(f, y)
+    if not _depends(first):
+        return replace(solution, evaluations=solution.evaluations + 1)
+
+    def inverse(product: Map, g: Tensor) -> Tensor:
+        with constant(), torch.autocast(y.device.type, enabled=False):
+            v, record = linear.invert(lambda r: rows.flat(product(rows.shaped(r))), rows.flat(g))
+        solution.adjoint.append(record)
+        _judge("the adjoint of fixed_point", linear, record, throw)
+        return rows.shaped(v)
+
+    def product(of: Map, v: Tensor) -> Tensor:
+        with constant():
+            return of(v)
+
+    maps = _Maps(partial(product, push), partial(product, pull), partial(inverse, push), partial(inverse, pull))
+    once = _Once.apply(first, y, maps)
+    value = _Twice.apply(first, f(once), once, maps)
+    return replace(solution, value=value, evaluations=solution.evaluations + 2)
+
+
+def _depends(first: Tensor) -> bool:
+    """Whether f(y), recorded at a leaf, depends on more than that leaf; under forward mode and transforms it may."""
+    if forward_ad._current_level >= 0 or transforms():
+        return True
+    seen, todo, leaves = set(), [first.grad_fn], 0
+    while todo and leaves < 2:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += not node.next_functions
+            todo += [after for after, _ in node.next_functions]
+    return leaves == 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """v -> J v and J^T v, and v -> (I - J)^-1 v and its transpose, with J constant."""
+
+    push: Map
+    pull: Map
+    inverse: Map
+    adjoint: Map
+
+
+def _no_vmap() -> NotImplementedError:
+    return NotImplementedError(
+        "fixed_point does not work under torch.vmap, which allows no loop that ends when all have converged; "
+        "it solves every example along dimension 0 on its own, so batch there"
+    )
+
+
+class _Linear(Function):
+    """A linear map, given with its transpose."""
+
+    @staticmethod
+    def forward(v: Tensor, there: Map, back: Map) -> Tensor:
+        return there(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.maps = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        there, back = ctx.maps
+        return _Linear.apply(g, back, there), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor, *_: None) -> Tensor:
+        return _Linear.apply(v, *ctx.maps)
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise _no_vmap()
+
+
+class _Once(Function):
+    """The value y, with the right first derivatives from `first` = f(y): (I - J)^-1 of its own."""
+
+    @staticmethod
+    def forward(first: Tensor, y: Tensor, maps: _Maps) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.maps = inputs[2]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple:
+        if g is None:
+            return None, None, None
+        return _Linear.apply(g, ctx.maps.adjoint, ctx.maps.inverse), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, first: Tensor, *_: None) -> Tensor:
+        return _Linear.apply(first, ctx.maps.inverse, ctx.maps.adjoint)
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise _no_vmap()
+
+
+class _Twice(Function):
+    """The value y, with the right first derivatives from `first`, and those with the right ones from `second` = f(y1).
+
+    The derivatives of `second - J y1` are those of `first` in value, and themselves differentiable.
+    """
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor, once: Tensor, maps: _Maps) -> Tensor:
+        return once.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.maps = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        maps = ctx.maps
+        v = _Linear.apply(g, maps.adjoint, maps.inverse)
+        if not torch.is_grad_enabled():  # nobody will differentiate this pass
+            return v, None, None, None
+        return None, v, -_Linear.apply(v, maps.pull, maps.push), None
+
+    @staticmethod
+    def jvp(ctx: Any, first: Tensor, second: Tensor, once: Tensor, _: None) -> Tensor:
+        maps = ctx.maps
+        return _Linear.apply(second - _Linear.apply(once, maps.push, maps.pull), maps.inverse, maps.adjoint)
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise _no_vmap()
+
+
+def _judge(what: str, solver: Solver | LinearSolver, record: Record, throw: bool) -> None:
+    """Raise where an example has not converged."""
+    failed = ~record.converged
+    if not throw or not failed.any():
+        return
+    worst = record.residual.nan_to_num(math.inf, math.inf).max()
+    raise ConvergenceError(
+        f"{what}: {int(failed.sum())} of {len(failed)} examples did not converge: {type(solver).__name__} took up to "
+        f"{int(record.steps.max())} steps, the largest residual is {float(worst):.1e}, the tolerance {solver.tol:.1e}. "
+        "A smaller step size, a Lipschitz limit on f, Anderson or NewtonKrylov may help, or more steps (max_steps) or "
+        "float64; f must give the same result each time (no dropout). throw=False returns a flag per example instead"
+    )
+
+
+def _check_tolerance(solver: Solver | LinearSolver, dtype: torch.dtype) -> None:
+    least = 5 * torch.finfo(dtype).eps
+    if solver.tol < least:
+        raise ValueError(
+            f"{type(solver).__name__}: tol={solver.tol:.1e} is below what {dtype} can resolve; give at least "
+            f"{least:.1e} or solve in higher precision"
+        )
+
+
+def _check(f: Map, x0: Tensor) -> None:
+    """Refuse what cannot be solved: transforms, starts, and batch norm that every evaluation would update."""
+    if "Vmap" in transforms():
+        raise _no_vmap()
+    if transforms().count("Jvp") > 1:  # torch gets forward mode over forward mode of autograd functions wrong
+        raise NotImplementedError("fixed_point: no jvp inside a jvp; take grad or vjp for one of them")
+    if not x0.is_floating_point():
+        raise TypeError(f"fixed_point: x0 must be of floating point; it is {x0.dtype}")
+    if x0.ndim == 0:
+        raise ValueError("fixed_point: x0 has no dimensions; examples lie along dimension 0")
+    for module in _modules(f):
+        for name, part in module.named_modules():
+            if isinstance(part, _NormBase) and part.training and part.track_running_stats:
+                raise ValueError(
+                    f"fixed_point: {name or 'f'} is a {type(part).__name__} in training mode, which every evaluation "
+                    "of f would update and which ties the examples together; use group norm or none, or .eval()"
+                )
+
+
+def _modules(f: object) -> Iterator[nn.Module]:
+    """The modules that a callable is, is a method of, or holds in its closure or as arguments of a partial."""
+    if isinstance(f, partial):
+        held = [f.func, *f.args, *f.keywords.values()]
+    else:
+        cells = getattr(f, "__closure__", None) or ()
+        held = [f, getattr(f, "__self__", None)]
+        for cell in cells:
+            with suppress(ValueError):  # a name that has no value yet
+                held.append(cell.cell_contents)
+    yield from (thing for thing in held if isinstance(thing, nn.Module))
