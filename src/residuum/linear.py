@@ -7,7 +7,7 @@ while the others go on: with a map that treats examples independently no row dep
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,7 @@ class Record:
     evaluations: int
 
 
+@runtime_checkable
 class LinearSolver(Protocol):
     """Solves v = b + A v for a linear map A."""
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch.func import vjp
 from residuum.linear import GMRES, LinearSolver, Map, Progress, Record, check_settings, iterate, unit
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Solves x = f(x); states are rows, the map may be nonlinear."""
 
