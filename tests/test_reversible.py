@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from residuum.bytes import Bytes
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.reversible import DriftError
 from residuum.layers.steps import Explicit, Theta
-from residuum.solve import Anderson, BiCGStab
+from residuum.solve import Anderson, BiCGStab, Neumann, Picard
 
 
 class Coupling(nn.Module):
@@ -65,8 +66,13 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest relative error of one of the gradients."""
-    return max(float((u - v).norm() / v.norm().clamp_min(1e-30)) for u, v in zip(a, b, strict=True))
+    """The largest error of one of the gradients, relative to it, or to a thousandth of all where it nearly vanishes."""
+    least = 1e-3 * float(torch.stack([v.norm() for v in b]).norm())
+    return max(float((u - v).norm() / v.norm().clamp_min(least)) for u, v in zip(a, b, strict=True))
+
+
+def loose_theta(form: str) -> nn.Module:
+    return Theta(0.5, dt=0.1, form=form, solver=Picard(1e-5), adjoint=Neumann(1e-5))(dense(4))
 
 
 @pytest.fixture(autouse=True)
@@ -222,12 +228,13 @@ def test_autocast_is_as_in_the_forward() -> None:
     assert distance(*map(list, found)) < 2**-7
 
 
-@pytest.mark.parametrize("kind", ["a user's coupling", "Theta two-point"])
+@pytest.mark.parametrize("kind", ["a user's coupling", "Theta two-point", "Theta midpoint"])
 def test_memory_hardly_grows_with_depth(kind: str) -> None:
+    make = KINDS[kind] if kind == "a user's coupling" else partial(loose_theta, kind.split()[1].replace("-", "_"))
     peaks = []
     for depth in (8, 64):
-        stack = reversible([KINDS[kind]() for _ in range(depth)], tolerance=1e-3).double()
-        x = torch.randn(500, 4, dtype=torch.float64)
+        stack = reversible([make() for _ in range(depth)], tolerance=1e-3).double()
+        x = torch.randn(50, 4, dtype=torch.float64)
         stack(x).sum().backward()  # the first backward measures amplifications
         for p in stack.parameters():
             p.grad.zero_()
@@ -301,7 +308,7 @@ def test_the_trapezoidal_rule_near_its_singularity_is_refused() -> None:
         gradients(reversible(blocks), torch.randn(3, 4))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 3.0), st.integers(1, 45))
 def test_drift_is_bounded_or_refused(seed: int, gain: float, depth: int) -> None:
     """Whatever the blocks amplify: gradients are right to a small multiple of the tolerance, or there are none."""

@@ -119,6 +119,7 @@ class Record:
                 f"reversible: {type(self.block).__name__} changes a tensor in place that its gradient needs; use the "
                 "operation that gives a new one"
             )
+        versions.clear()  # the graph keeps `pack`, and so the list
         end = random_state(self.device)
         self.draws_outside |= last != end
         if first != end:
