@@ -25,7 +25,7 @@ class Call:
     Attributes:
         module: The branch.
         needs: Whether its argument required gradient; None if it was called with anything but one tensor.
-        random: The random state before it, if it drew numbers.
+        random: The random state after the call before it, or before the block, if it drew numbers.
         saved: How many tensors its gradient needs.
     """
 
@@ -81,17 +81,15 @@ class Record:
             nonlocal last
             if inside:
                 return plain(*args, **kwargs)
-            before = random_state(self.device)
-            self.draws_outside |= last != before
             inside.append(Call(module, args[0].requires_grad if _one_tensor(args, kwargs) else None))
             self.calls.append(inside[0])
             try:
                 output = plain(*args, **kwargs)
             finally:
                 inside.clear()
-            last = random_state(self.device)
-            if before != last:
-                self.calls[-1].random = before
+            after = random_state(self.device)
+            if after != last:
+                self.calls[-1].random, last = last, after
             return output
 
         def pack(tensor: Tensor) -> Any:
@@ -101,8 +99,8 @@ class Record:
             else:
                 self.loose += 1
                 key = -1, self.loose - 1
-            kept[key] = tensor.detach()
-            versions.append((kept[key], tensor._version))
+            kept[key] = tensor
+            versions.append((tensor, tensor._version))
             return key
 
         before = [
@@ -146,7 +144,7 @@ class Record:
                 f"reversible: {type(self.block).__name__} computes something else when its forward runs again; what it "
                 "computes may depend on its state, its weights, its buffers and torch's random numbers only"
             )
-        return after.detach(), kept
+        return after.detach(), {key: tensor.detach() for key, tensor in kept.items()}
 
     def back(self, y: Tensor, *, capture: bool = False) -> tuple[Tensor, dict[Key, Tensor] | None]:
         """The state before, by the block's inverse; and what the gradient needs, if the inverse computes that, too.
@@ -213,7 +211,7 @@ class Record:
             )
         before = {(id(module), name): value for module, name, value in self.changed}
         own = [(module, dict(module._buffers)) for module in self.stateful]
-        random = random_state(self.device)
+        random = random_state(self.device) if self.random else None
         try:
             for module, buffers in own:
                 for name, buffer in buffers.items():
@@ -224,7 +222,7 @@ class Record:
         finally:
             for module, buffers in own:
                 module._buffers.update(buffers)
-            if random_state(self.device) != random:
+            if random:
                 set_random_state(random, self.device)
 
 
