@@ -81,9 +81,14 @@ def plain(blocks: list[nn.Module]) -> nn.Module:
     return nn.Sequential(*blocks)
 
 
-def images(dtype: torch.dtype = torch.float32) -> Tensor:
+def loosely(blocks: list[nn.Module]) -> nn.Module:
+    """For solves to 1e-5, whose errors add up between anchors."""
+    return reversible(blocks, tolerance=1e-3)
+
+
+def images() -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(8, 16, 16, 16, dtype=dtype)
+    return torch.randn(8, 16, 16, 16)
 
 
 def step(make: Stack, blocks: Callable[[], list[nn.Module]]) -> Work:
@@ -113,11 +118,13 @@ def peak(make: Stack, blocks: list[nn.Module]) -> float:
 def gradients(model: nn.Module, x: Tensor) -> Tensor:
     model.zero_grad()
     model.train()(x.requires_grad_()).square().mean().backward()
-    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    # In an order that does not depend on where a library keeps them.
+    ordered = sorted(model.parameters(), key=lambda p: float(p.detach().double().sum()))
+    return torch.cat([p.grad.double().flatten() for p in ordered])
 
 
 def gradient_error(make: Stack, blocks: list[nn.Module]) -> str:
-    exact = gradients(plain(copy.deepcopy(blocks)).double(), images(torch.float64))
+    exact = gradients(plain(copy.deepcopy(blocks)).double(), images().double())
     try:
         found = gradients(make(blocks), images())
     except DriftError as error:
@@ -147,8 +154,11 @@ def main() -> None:
         few, many = peak(make, couplings(8)), peak(make, couplings(64))
         errors = ", ".join(gradient_error(make, couplings(depth, norm=False)) for depth in (8, 64, 256))
         print(f"| {name} | {few:.1f}, {many:.1f} | {(many - few) / 56:.2f} | {updates(make)} | {errors} |", flush=True)
-    few, many = peak(reversible, trapezoid(8)), peak(reversible, trapezoid(64))
-    print(f"| ours, trapezoidal steps | {few:.1f}, {many:.1f} | {(many - few) / 56:.2f} [0.1] | | |")
+    few, many = peak(loosely, trapezoid(8)), peak(loosely, trapezoid(64))
+    errors = ", ".join(gradient_error(loosely, trapezoid(depth)) for depth in (8, 64))
+    print(
+        f"| ours, trapezoidal steps | {few:.1f}, {many:.1f} | {(many - few) / 56:.2f} [0.1] | | {errors} |", flush=True
+    )
     for gamma in (None, 0.9, 0.5):
         errors = ", ".join(gradient_error(reversible, momenta(gamma, depth)) for depth in (8, 64, 256))
         print(f"| ours, momentum, gamma {gamma or '1 - 1 / (50 depth)'} | | | | {errors} |", flush=True)
@@ -161,7 +171,7 @@ def main() -> None:
                 row(f"couplings at depth 64, {name} / plain", found, base, 1.5 if name == "ours" else None), flush=True
             )
     theta = partial(trapezoid, 16)
-    found, base = ratio(Side(partial(step, reversible, theta)), Side(partial(step, plain, theta)), pairs=pairs)
+    found, base = ratio(Side(partial(step, loosely, theta)), Side(partial(step, plain, theta)), pairs=pairs)
     print(row("trapezoidal steps at depth 16, reversible / storing", found, base, 1.5))
     if missing:
         print(f"not installed: {', '.join(missing)}")
