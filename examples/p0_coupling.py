@@ -20,6 +20,7 @@ COUPLINGS = {
     "0.9": ("--couple", 0.9),
     "1": ("--couple", 1),
     "1, all": ("--couple", 1, "--couple-norms"),
+    "1, all, group norm": ("--couple", 1, "--couple-norms", "--norm", "group"),
 }
 LIMITS = {"none": (), "1": ("--lipschitz", 1)}
 PROBES = ("perturbation", "update_angle", "pairs", "readouts", "drops_last", "drops_first", "replacements", "unrolls")
@@ -81,7 +82,7 @@ def main() -> None:
     for name, data, images in (("mnist", mnist, flags.images), ("clutter", ["--data", clutter], 3 * flags.images)):
         rows = []
         for limit in LIMITS:
-            for coupling in COUPLINGS:
+            for coupling in COUPLINGS if limit == "none" else list(COUPLINGS)[:-1]:  # group norm has no limit
                 found = measure(flags.out, name, data, coupling, limit, [*size, "--limit", images])
                 rows.append(line(coupling, limit, found))
         print(f"\n{name}, {images} images")

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import oracles
 from residuum.data import Splits, load_splits
 from residuum.layers.coupling import Coupling, achieved_sharing, couple_gradients_, mix_weights_, tied
-from residuum.layers.sharing import fold
+from residuum.layers.lipschitz import Limit
+from residuum.layers.sharing import Sharing, fold
 from residuum.models import ResNet, ResNetConfig
 from residuum.rates import Cosine
 from residuum.training import TrainConfig, train
+from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(3, 2), widths=(4, 8), channels=1)
 
@@ -271,6 +273,27 @@ def test_a_network_starts_as_alike_as_it_is_configured() -> None:
     assert weights.var().item() == pytest.approx(2 / (9 * 64), rel=0.05)
     with pytest.raises(ValueError, match=r"alike is 2.0; it must lie in \[0, 1\]"):
         ResNetConfig(alike=2.0)
+
+
+def test_clipped_norms_are_norms_still() -> None:
+    model = ResNet(ResNetConfig(blocks=(2,), widths=(4,), limit=Limit(1.0, 8)))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    couple_gradients_(model.sections[0], 1.0)
+    first, second = model.sections[0]
+    assert torch.equal(
+        first.conv1.parametrizations.weight.original.grad, second.conv1.parametrizations.weight.original.grad
+    )
+    gammas = [block.norm1.parametrizations.weight.original.grad for block in (first, second)]
+    assert not torch.equal(*gammas)
+
+
+def test_networks_that_cannot_be_coupled_are_refused_before_the_first_step(digits: Splits) -> None:
+    with pytest.raises(ValueError, match="Small has no sections to couple"):
+        train(Small(norm=True), digits, TrainConfig(coupling=Coupling()))
+    shared = ResNet(ResNetConfig(blocks=(3,), widths=(4,), channels=1, sharing=Sharing(free=1)))
+    with pytest.raises(ValueError, match="one and the same or have tied parameters"):
+        train(shared, digits, TrainConfig(coupling=Coupling()))
 
 
 def test_what_cannot_be_coupled_is_refused() -> None:

@@ -25,7 +25,7 @@ ROWS = [
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
     ["models", "profiles", "titles", "facts", "stability"],
     ["probes", "nulls", "training", "zoos", "charts"],
-    ["indices", "convergence", "loading", "plots", "curves", "watching"],
+    ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
     ["report"],
     ["results", "flags"],

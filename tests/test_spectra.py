@@ -19,7 +19,6 @@ from residuum.spectra import (
     linearise,
     map_size,
     operator_norm,
-    power_steps,
     spectral_radius,
     widened,
 )
@@ -149,28 +148,6 @@ def test_operators_are_linear_parts_and_adjoint_to_each_other(conv: tuple[nn.Con
     torch.testing.assert_close(operator.adjoint(u).flatten(), dense.T @ u.flatten())
 
 
-def test_warm_power_steps_keep_up_with_changing_weights() -> None:
-    module = nn.Conv2d(8, 8, 3, padding=1).double()
-    _, _, v = power_steps(linear_part(module, (8, 8)), steps=20)
-    for _ in range(50):
-        with torch.no_grad():
-            module.weight += 0.001 * torch.randn_like(module.weight)
-        found, u, v = power_steps(linear_part(module, (8, 8)), v)
-    exact = float(operator_norm(module, (8, 8)).value)
-    assert found.products == 2
-    assert 0.99 * exact <= float(found.value) <= exact * (1 + 1e-9)
-    assert torch.linalg.vector_norm(u) == pytest.approx(1)
-    assert torch.linalg.vector_norm(v) == pytest.approx(1)
-
-
-def test_the_residual_of_power_steps_is_the_distance_from_a_singular_pair() -> None:
-    A = torch.randn(6, 5).double()
-    _, _, v = power_steps(matrix(A), steps=2)
-    found, u, _ = power_steps(matrix(A), v)
-    size = (A @ v[0]).norm()
-    assert float(found.residual) == pytest.approx(float((A.T @ u[0] - size * v[0]).norm()), rel=1e-9)
-
-
 def test_batch_norms_are_affine_maps_in_eval_mode() -> None:
     norm = nn.BatchNorm2d(3).double()
     norm(torch.randn(8, 3, 4, 4).double())
@@ -198,8 +175,6 @@ def test_bad_input_is_refused() -> None:
         largest_singular_value(operator, products=1)
     with pytest.raises(ValueError, match="products is 0; at least 1"):
         spectral_radius(operator, products=0)
-    with pytest.raises(ValueError, match="steps is 0; at least 1"):
-        power_steps(operator, steps=0)
 
 
 # Krylov methods -------------------------------------------------------------------------------------------------------

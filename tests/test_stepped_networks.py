@@ -1,5 +1,6 @@
 """Networks whose blocks are steps: they train, are cut, and come back from a file as they were."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from residuum.data import Preparation
 from residuum.layers.anystep import branches_of, described, rebuilt, solves
+from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.sharing import NAIVE
 from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import GAUSS4, RK4, STOERMER_VERLET
 from residuum.loading import load_model, save_run
 from residuum.models import ResNet, ResNetConfig, count_parameters
-from residuum.solve import Anderson, NewtonKrylov, Picard
+from residuum.solvers import Anderson, NewtonKrylov, Picard
 
 SMALL = ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1, classes=3, norm="group")
 STEPS = [
@@ -41,7 +43,7 @@ def images(count: int = 4) -> Tensor:
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
 def test_a_network_of_any_step_comes_back_from_its_folder(step, tmp_path: Path) -> None:
     network, x = ResNet(replace(SMALL, step=step)).eval(), images()
-    save_run(tmp_path, network, Preparation(255, (0.0,), (1.0,)), ("a", "b", "c"))
+    save_run(tmp_path, network, preparation=Preparation(255, (0.0,), (1.0,)), classes=("a", "b", "c"), training={})
     again = load_model(str(tmp_path)).model.eval()
     assert again.config == network.config
     with torch.no_grad():
@@ -98,6 +100,35 @@ def test_blocks_of_a_step_share_their_weights() -> None:
     assert count_parameters(network) < count_parameters(ResNet(replace(shared, sharing=None)))
     assert network.sections[0][1] is network.sections[0][3]
     assert network(images()).shape == (4, 3)
+
+
+def test_limited_branches_can_be_solved_and_inverted() -> None:
+    """Lip(f) <= 0.8: the equation and that of the inverse are contractions, whatever the weights."""
+    limited = replace(SMALL, norm="none", limit=Limit(0.8, 8), step=Theta(0.5, solver=Anderson(1e-13)))
+    network = ResNet(limited).double()
+    h = 10 * torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for block in network.sections[0].eval():
+            found = block.solve(h)
+            assert found.converged.all()
+            assert (block.inverse(found.value) - h).abs().max() < 1e-9
+
+
+def test_a_limit_moves_once_per_step_while_it_is_trained() -> None:
+    """In training mode each look at a limited weight improves its estimate; within a solve it is one weight."""
+    limited = replace(SMALL, norm="none", limit=Limit(0.8, 8), step=Theta(0.5, solver=Anderson(1e-12)))
+    network = ResNet(limited).double()
+    block, h = network.sections[0][0], torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for p in block.parameters():
+            p += 0.3 * torch.randn_like(p)
+    other = copy.deepcopy(block)
+    assert block.solve(h).converged.all()
+    for conv in (other.branch.block.conv1, other.branch.block.conv2):
+        _ = conv.weight
+    assert all(torch.equal(a, b) for a, b in zip(block.buffers(), other.buffers(), strict=True))
+    block(h).square().sum().backward()
+    assert all(p.grad.any() for p in block.parameters())
 
 
 def test_kinds_know_what_they_take() -> None:

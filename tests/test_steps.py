@@ -35,7 +35,9 @@ from residuum.layers.tableaus import (
     collocation,
     tableau,
 )
-from residuum.solve import GMRES, Anderson, BiCGStab, ConvergenceError, LinearSolver, Neumann, Picard
+from residuum.linear import GMRES, BiCGStab, LinearSolver, Neumann
+from residuum.solve import ConvergenceError
+from residuum.solvers import Anderson, Picard
 from residuum.stability import amplification, amplification_of, scheme_matrix
 
 few = settings(max_examples=25, deadline=None)
@@ -552,6 +554,12 @@ def test_batch_norm_and_dropout_are_refused_inside_a_solve(step: Theta | RungeKu
         (lambda: Theta(start="zero"), "unknown start 'zero'"),
         (lambda: Theta(param_grad="none"), "unknown param_grad"),
         (lambda: Theta(form="midpoint", param_grad="truncated"), "needs form 'two_point'"),
+        (
+            lambda: Theta(param_grad="truncated")(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))(
+                torch.ones(1, 2)
+            ),
+            "needs a branch of plain weights",
+        ),
         (lambda: Verlet(form="leap"), "unknown form 'leap'"),
         (lambda: Momentum(0.0), "gamma is 0.0"),
         (lambda: Dense(3, "gelu"), "unknown activation 'gelu'"),
@@ -566,6 +574,8 @@ def test_batch_norm_and_dropout_are_refused_inside_a_solve(step: Theta | RungeKu
         (lambda: replace(RK4, order=9), "orders from 1 to 8"),
         (lambda: PartitionedTableau("odd", EULER, HEUN, 1), "1 and 2 stages"),
         (lambda: PartitionedTableau("odd", EULER, EULER, 2), "claims order 2, but a condition of order 2"),
+        # each alone has order 3, but their nodes differ, and each evaluates at the nodes of the other
+        (lambda: PartitionedTableau("odd", GAUSS4, RADAU3, 3), "claims order 3, but a condition of order 2"),
     ],
 )
 def test_what_is_wrong_is_refused(make, message: str) -> None:

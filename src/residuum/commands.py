@@ -265,6 +265,16 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
         if given:
             raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
         config = network_of(flags.network, channels=channels, classes=classes)
+    idle = {
+        "--couple-norms needs --couple": flags.couple_norms and not flags.couple,
+        "--lipschitz-norm needs --lipschitz": flags.lipschitz_norm != "clipped" and flags.lipschitz is None,
+        "--free needs --sharing": flags.free != options.Train.free and flags.sharing == "none",
+        "blocks that share their weights cannot be coupled: leave out --couple or --sharing": flags.couple
+        and flags.sharing != "none",
+    }
+    for problem, present in idle.items():
+        if present:
+            raise ValueError(problem)
     alike = float(flags.couple > 0) if flags.alike is None else flags.alike
     limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
     config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)

@@ -91,9 +91,16 @@ def save_run(
         preparation: How it reads pixels.
         classes: Names of its outputs.
         training: How it was trained: settings and data, as JSON values.
+
+    Raises:
+        ValueError: If the network is no longer what its configuration makes.
     """
     from safetensors.torch import save_file
 
+    if model.state_dict().keys() != ResNet(model.config).state_dict().keys():
+        raise ValueError(
+            "this network was tied, folded or exported: its weights are no longer those of its configuration"
+        )
     write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,

@@ -41,6 +41,8 @@ class ResNetConfig:
         sharing: Which blocks share their weights; None: each has its own.
         alike: How alike the weights of a section's blocks start: 0 independent, 1 equal, between them mixtures of own
             and common weights (`mix_weights_`).
+        relaxed: beta in (0, 1]: the two convolutions and norms are a map G, and a block is `h + beta (G(h) - h)`. With
+            a limit below 1 on G every block is then a contraction (ours). None: the branch is the map itself.
         limit: Lipschitz limit of the branches of residual blocks (those that change the shape are left alone).
         step: How the branch f of a residual block becomes the block; None: h + f(h). A step that solves an equation
             needs norm "group" or "none". A two-state step acts on halves of the channels, its branches are as wide.
@@ -62,6 +64,7 @@ class ResNetConfig:
     norm: str = "batch"
     sharing: Sharing | None = None
     alike: float = 0.0
+    relaxed: float | None = None
     limit: Limit | None = None
     step: Step | None = None
 
@@ -83,12 +86,18 @@ class ResNetConfig:
                 raise ValueError(f"{name} is {given!r}; allowed are {allowed}")
         if self.transition == "pool" and len({self.first, *self.widths}) > 1:
             raise ValueError(f"transition 'pool' changes no width, but stem and widths are {self.first}, {self.widths}")
+        if self.relaxed is not None and not 0 < self.relaxed <= 1:
+            raise ValueError(f"relaxed is {self.relaxed}; it must lie in (0, 1], or be None")
         if not 0 <= self.alike <= 1:
             raise ValueError(f"alike is {self.alike}; it must lie in [0, 1]")
         if self.alike and self.sharing is not None:
             raise ValueError("blocks that share their weights need no likeness; leave out sharing or alike")
         if self.limit is not None and self.norm == "group":
             raise ValueError("group norm has no Lipschitz constant to limit; use norm 'batch' or 'none'")
+        if self.limit is not None and self.sharing is not None and self.sharing.statistics != self.sharing.affine:
+            raise ValueError(
+                "batch norm that shares one of statistics and affine cannot be clipped; share both or none"
+            )
         if self.sharing is not None:
             self._check(self.sharing)
         if self.step is not None:
@@ -128,8 +137,18 @@ class Residual(nn.Module):
     Source: P2 (Hauser 2019), eq. 13; P1 (Jastrzebski et al. 2018), section 4.
     """
 
-    def __init__(self, width_in: int, width: int, *, stride: int = 1, bias: bool = False, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        norm: str = "batch",
+        relaxed: float | None = None,
+    ) -> None:
         super().__init__()
+        self.relaxed = relaxed
         self.norm1 = _norm(norm, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=bias)
         self.norm2 = _norm(norm, width)
@@ -139,12 +158,13 @@ class Residual(nn.Module):
 
     def branch(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """What the block adds."""
-        return self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        out = self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        return out if self.relaxed is None else self.relaxed * (out - h)
 
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        chain = (self.norm1, self.conv1, self.norm2, self.conv2)
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2) if self.relaxed is None else ()
         return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
@@ -230,12 +250,10 @@ class ResNet(nn.Module):
 
     def _block(self, width: int) -> nn.Module:
         config = self.config
-        if config.step is None:
-            return Residual(width, width, bias=config.bias, norm=config.norm)
-        count, parts = branches_of(config.step)
-        part = width // parts
-        branches = (_Branch(Residual(part, part, bias=config.bias, norm=config.norm)) for _ in range(count))
-        return config.step(*branches)
+        count, parts = (1, 1) if config.step is None else branches_of(config.step)
+        part, settings = width // parts, {"bias": config.bias, "norm": config.norm, "relaxed": config.relaxed}
+        residuals = [Residual(part, part, **settings) for _ in range(count)]
+        return residuals[0] if config.step is None else config.step(*map(_Branch, residuals))
 
     def _transition(self, width_in: int, width: int, *, stride: int) -> nn.Module:
         config = self.config
@@ -283,8 +301,11 @@ class ResNet(nn.Module):
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}" if s else "widen",) if self.config.shapes_inside(s) else ()
             steps = tuple(_as_step(block, name) for name, block in zip(names, blocks, strict=True))
+            inner = self.widen if s == 0 else entry
             # With hooks on the block its branch is not what it adds, and its skip not what is left.
-            skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
+            skip = inner.skip if isinstance(inner, Residual) and inner.as_step("").branch else None
+            if s == 0 and skip is not None:
+                skip = self._enter_by_skip
             sections.append(Section(f"section {s + 1}", entry, steps, passed, skip))
         return Stream(x, tuple(sections), self.readout)
 
@@ -292,6 +313,9 @@ class ResNet(nn.Module):
         """The stem: one 3x3 convolution, on channels-last memory (about a third faster on processors)."""
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         return h if self.widen is None else self.widen(h)
+
+    def _enter_by_skip(self, x: Tensor) -> Tensor:
+        return self.widen.skip(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
     def readout(self, h: Float[Tensor, "example width row column"]) -> Float[Tensor, "example class"]:
         """Logits from a state of the last section."""

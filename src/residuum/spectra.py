@@ -1,7 +1,7 @@
 """Spectra: operator norms, certificates, singular values and spectral radii of linear maps given by their products."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 Map = Callable[[Tensor], Tensor]
@@ -143,33 +144,6 @@ def operator_norm(
     return Norm(found.value[0], found.kind, found.residual[0], found.error[0], found.products)
 
 
-def power_steps(
-    operator: Operator, v: Float[Tensor, " example *state"] | None = None, *, steps: int = 1, seed: int = 0
-) -> tuple[Norm, Tensor, Tensor]:
-    """Power iteration that goes on from where it was: `u = A v / |A v|`, `v = A^T u / |A^T u|`, per example.
-
-    Cheap while weights change slowly: one step per change keeps up. `<u, A v>` with constant u and v is the form to
-    differentiate in the weights. For one number to tolerance `largest_singular_value` needs far fewer products.
-
-    Args:
-        operator: The map.
-        v: Where the last call ended; None to start from a random vector.
-        steps: Steps, two vector products each, at least 1.
-        seed: Of the start vector.
-
-    Returns:
-        The norm `|A^T u|` (estimate from below; residual `|A^T u - |A v| v|`), u, and v to go on from.
-    """
-    v = _start(operator, seed).view_as(operator.domain) if v is None else v
-    _need("power_steps", "steps", steps, 1)
-    for _ in range(steps):
-        u, before = _unit(operator.apply(v))
-        pulled, old = operator.adjoint(u), v
-        v, value = _unit(pulled)
-    residual = torch.linalg.vector_norm((pulled.flatten(1) - before[:, None] * old.flatten(1)), dim=1)
-    return Norm(value, "estimate from below", residual, products=2 * steps), u, v
-
-
 def certificate(conv: nn.Conv2d, size: tuple[int, int]) -> Norm:
     """A guaranteed bound of a convolution's operator norm: the norm of the circular one on a larger map.
 
@@ -212,6 +186,41 @@ def batch_norm_norm(norm: nn.Module) -> Norm:
         raise ValueError(f"{type(norm).__name__} has no running variance, so it is not an affine map in eval mode")
     scale = 1 if norm.weight is None else norm.weight.detach().double().abs()
     return Norm((scale * (variance.double() + norm.eps).rsqrt()).max(), "exact")
+
+
+def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm | None:
+    """A Lipschitz bound of layers one after another in eval mode, or None where there is none.
+
+    The product of certificates of convolutions and exact norms of linear modules and batch norms; what is 1-Lipschitz
+    (ReLU, identity) may stand between them. None if there is a layer of another kind, or one whose output hooks can
+    change.
+
+    Args:
+        layers: The modules in the order in which they are applied.
+        size: Rows and columns of the maps that the first of them reads; () for vectors.
+    """
+    bound = torch.ones((), dtype=torch.float64)
+    for layer in layers:
+        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+        moving = layer.training and is_parametrized(layer)  # reading its weight would change it
+        known = not moving and all(getattr(hook, "only_looks", False) for hook in hooks)
+        factor = _layer_bound(layer, size) if known else None
+        if factor is None:
+            return None
+        bound = bound * factor.value.cpu()
+        size = map_size(layer, size) if isinstance(layer, nn.Conv2d) else size
+    return Norm(bound, "upper bound")
+
+
+def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
+    works_as = type(layer).forward  # a class derived from torch's may do something else
+    if works_as is nn.Conv2d.forward:
+        return certificate(layer, size) if layer.padding_mode == "zeros" else None
+    if works_as is nn.Linear.forward:
+        return operator_norm(layer)
+    if works_as is nn.BatchNorm2d.forward and not layer.training and layer.running_var is not None:
+        return batch_norm_norm(layer)
+    return Norm(torch.ones((), dtype=torch.float64), "exact") if type(layer) in (nn.ReLU, nn.Identity) else None
 
 
 def largest_singular_value(

@@ -185,7 +185,8 @@ def _regions() -> "Figure":
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, (title, formula, size) in zip(panels.flat, maps, strict=True):
         with np.errstate(divide="ignore"):
-            drawn = axes.pcolormesh(side, side, np.log10(size(z)), cmap="RdBu_r", vmin=-1, vmax=1, rasterized=True)
+            shades = np.log10(size(z))
+        drawn = axes.imshow(shades, cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", extent=(-5, 5, -5, 5))
         axes.contour(side, side, size(z), levels=[1.0], colors="black", linewidths=1.5)
         axes.set(aspect="equal", title=f"{title}\nfactor {formula}")
     for axes in panels[-1]:

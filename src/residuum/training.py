@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
+from residuum.layers.lipschitz import overshoot
 from residuum.names import unknown
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
@@ -199,6 +201,8 @@ def train(
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
         test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`), seconds, and what
         `after_epoch` returned.
+        For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
+        coupling has achieved.
 
     Raises:
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
@@ -320,7 +324,7 @@ class Job:
             weight = len(some) / images
             bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
             with self.group.gradients_wait(self.wrapped, number + 1 < len(parts)):
-                with bf16:
+                with bf16, parametrize.cached():  # limits take one step, however often a block is applied
                     value = self.loss(self.wrapped, some, labels)
                 # Processes' gradients are averaged, so each counts its images as if all processes had as many.
                 (value * (weight * self.group.size)).backward()
@@ -346,6 +350,8 @@ class Job:
             "train_loss": at.total / len(self.images),
         }
         row |= {f"test_{name}": value for name, value in found.items()}
+        over = overshoot(self.model)
+        row |= {} if over is None else {"overshoot": over}
         return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
 
 
@@ -354,6 +360,8 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
     for split in data:
         if not len(split):
             raise ValueError(f"the {split.split} split of {split.name} has no images")
+    if config.coupling is not None:
+        config.coupling.check(model)
     last = len(data.train) % config.batch or config.batch
     alone = -(-(last // group.size) // config.accumulate)  # images that are normalised together in the last step
     if last < group.size:

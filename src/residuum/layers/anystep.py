@@ -6,8 +6,9 @@ from typing import Any
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.steps import Explicit, RungeKutta, Theta, in_turn
 from residuum.layers.tableaus import PartitionedTableau, Tableau
+from residuum.linear import GMRES, BiCGStab, Neumann
 from residuum.names import unknown
-from residuum.solve import GMRES, Anderson, BiCGStab, Neumann, NewtonKrylov, Picard
+from residuum.solvers import Anderson, NewtonKrylov, Picard
 
 Step = Explicit | Theta | RungeKutta | Verlet | Additive | Leapfrog | Midpoint | Momentum
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residuum.layers.sharing import NORMS, with_norms
+from residuum.layers.sharing import NORMS, as_list, with_norms
 from residuum.names import unknown
 from residuum.rates import RATES, Rate
 
@@ -39,6 +39,27 @@ class Coupling:
         for strength in self.strength if isinstance(self.strength, tuple) else (self.strength,):
             _check(strength, self.couple, self.reduce)
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a network that cannot be coupled so.
+
+        Raises:
+            ValueError: If it has no `sections`, the strengths are not one per section, or the blocks of a section
+                cannot be coupled.
+        """
+        if not hasattr(model, "sections"):
+            raise ValueError(f"{type(model).__name__} has no sections to couple; call couple_gradients_ on its blocks")
+        self._strengths(model)
+        for blocks in model.sections:
+            if len(blocks) > 1:
+                alike(blocks, self.couple)
+
+    def _strengths(self, model: nn.Module) -> tuple[float, ...]:
+        count = len(model.sections)
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,) * count
+        if len(strengths) != count:
+            raise ValueError(f"coupling has {len(strengths)} strengths, the network {count} sections")
+        return strengths
+
     def after_backward(self, model: nn.Module, share: float) -> None:
         """Couple the gradients of every section: an `after_backward` of `train`.
 
@@ -49,11 +70,7 @@ class Coupling:
         Raises:
             ValueError: If the strengths are not one per section, or the blocks of a section cannot be coupled.
         """
-        sections = list(model.sections)
-        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,) * len(sections)
-        if len(strengths) != len(sections):
-            raise ValueError(f"coupling has {len(strengths)} strengths, the network {len(sections)} sections")
-        for blocks, strength in zip(sections, strengths, strict=True):
+        for blocks, strength in zip(model.sections, self._strengths(model), strict=True):
             if len(blocks) > 1:
                 couple_gradients_(blocks, strength * self.rate(share), couple=self.couple, reduce=self.reduce)
 
@@ -178,11 +195,11 @@ def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
         _one_statistics_([first, *others][1:])
         for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
             ours.copy_(theirs)
-        return nn.ModuleList([first] * len(blocks))
+        return as_list([first] * len(blocks))
     own = (
         {name: m for name, m in block.named_modules() if isinstance(m, NORMS)} for block in copy.deepcopy(list(blocks))
     )
-    return nn.ModuleList(with_norms(first, norms) for norms in own)
+    return as_list(with_norms(first, norms) for norms in own)
 
 
 def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
@@ -255,8 +272,9 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
     """The parameters of a block that are coupled, by name."""
-    norms = set() if couple == "all" else {name for name, m in block.named_modules() if isinstance(m, NORMS)}
-    return {name: p for name, p in block.named_parameters() if name.rpartition(".")[0] not in norms}
+    norms = () if couple == "all" else (module for module in block.modules() if isinstance(module, NORMS))
+    left_out = {id(p) for norm in norms for p in norm.parameters()}
+    return {name: p for name, p in block.named_parameters() if id(p) not in left_out}
 
 
 def _one_statistics_(blocks: Blocks) -> None:

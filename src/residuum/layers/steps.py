@@ -4,17 +4,21 @@ A step is a frozen value, `step(branch)` the block. Blocks know nothing of the t
 it as a channel of the state whose slope is 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
+from residuum.linear import GMRES, LinearSolver
 from residuum.names import unknown
-from residuum.solve import GMRES, Anderson, LinearSolver, Solution, Solver, fixed_point
+from residuum.solve import Solution, fixed_point
+from residuum.solvers import Anderson, Solver
 from residuum.spectra import linearise
 
 _FORMS, _STARTS, _GRADIENTS = ("two_point", "midpoint"), ("state", "euler", "linearised"), ("exact", "truncated")
@@ -153,8 +157,10 @@ def _theta_step(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solut
     if theta == 0:
         return _solved(torch.add(h, branch(h), alpha=dt))
     check_pure(branch)
+    if step.param_grad == "truncated" and any(map(parametrize.is_parametrized, branch.modules())):
+        raise ValueError("param_grad 'truncated' needs a branch of plain weights; this one has parametrized ones")
     wide = _wide(h)
-    with torch.autocast(h.device.type, enabled=False):
+    with torch.autocast(h.device.type, enabled=False), _held(branch):
         return _solved_theta(step, branch, wide, throw)
 
 
@@ -292,7 +298,8 @@ def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, thro
     if sequence is None:
         for branch in branches:
             check_pure(branch)
-        solution = _solved_slopes(step, branches, tuple(map(_wide, starts)), needs, throw)
+        with _held(branches):
+            solution = _solved_slopes(step, branches, tuple(map(_wide, starts)), needs, throw)
         slopes = solution.value.unbind(1)
     else:
         slopes = _slopes_in_turn(sequence, step.dt, branches, starts, needs)
@@ -366,6 +373,16 @@ def _solved_slopes(
 def _wide(h: Tensor) -> Tensor:
     """Under autocast the state in float32, as all of a solve is."""
     return h.float() if torch.is_autocast_enabled(h.device.type) else h
+
+
+@contextmanager
+def _held(branch: nn.Module) -> Iterator[None]:
+    """Parametrized weights are computed once, with their gradients: each look in training mode may change them."""
+    with parametrize.cached():
+        for module in branch.modules():
+            for name in module.parametrizations if parametrize.is_parametrized(module) else ():
+                getattr(module, name)
+        yield
 
 
 def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:

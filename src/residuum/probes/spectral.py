@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from residuum.probes.passive import norm, origin, ratio, token_mask, unmasked
 from residuum.profiles import Measure, Point, measure
@@ -13,13 +13,10 @@ from residuum.spectra import (
     Map,
     Norm,
     Operator,
-    batch_norm_norm,
-    certificate,
+    chain_bound,
     in_float32,
     largest_singular_value,
     linearise,
-    map_size,
-    operator_norm,
     spectral_radius,
     widened,
 )
@@ -161,32 +158,11 @@ def counted(operator: Operator, mask: Bool[Tensor, "example token"] | None) -> O
 def update_bound(block: Block, h: Float[Tensor, " example *state"]) -> Norm | None:
     """A bound of a block's update for all states, or None where there is none.
 
-    The product of the norms of the block's layers: certificates of convolutions, exact norms of linear modules and of
-    batch norms in eval mode; what stands between them is 1-Lipschitz. None if the block names no layers, or one
-    of another kind, or one whose output hooks can change.
-
     Args:
-        block: The block.
+        block: The block, whose `layers` are a chain that `chain_bound` knows.
         h: Its state, for the size of the maps.
     """
-    factors, size = [], tuple(h.shape[2:])
-    for layer in block.layers:
-        factor = None if layer._forward_hooks or layer._forward_pre_hooks else _layer_bound(layer, size)
-        if factor is None:
-            return None
-        factors.append(factor.value.cpu())
-        size = map_size(layer, size) if isinstance(layer, nn.Conv2d) else size
-    return Norm(torch.stack(factors).prod(), "upper bound") if factors else None
-
-
-def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
-    if isinstance(layer, nn.Conv2d):
-        return certificate(layer, size) if layer.padding_mode == "zeros" else None
-    if isinstance(layer, nn.Linear):
-        return operator_norm(layer)
-    if isinstance(layer, nn.BatchNorm2d) and not layer.training and layer.running_var is not None:
-        return batch_norm_norm(layer)
-    return Norm(torch.ones((), dtype=torch.float64), "exact") if type(layer) in (nn.ReLU, nn.Identity) else None
+    return chain_bound(block.layers, tuple(h.shape[2:])) if block.layers else None
 
 
 def settling(
