@@ -27,11 +27,11 @@ Stack = Callable[[list[nn.Module]], nn.Module]
 
 
 def branch(*, norm: bool = True, channels: int = 8) -> nn.Module:
-    """Convolution, batch norm, ReLU; or two convolutions and ReLU."""
+    """Convolution, batch norm, ReLU; or two convolutions and tanh, whose gradient does not jump with a rounding."""
     first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     if norm:
         return nn.Sequential(first, nn.BatchNorm2d(channels), nn.ReLU())
-    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(channels, channels, 3, padding=1, bias=False))
 
 
 def trapezoid(depth: int) -> list[nn.Module]:
