@@ -14,6 +14,7 @@ from residuum.spectra import (
     Operator,
     batch_norm_norm,
     certificate,
+    guaranteed_norm,
     largest_singular_value,
     linear_part,
     linearise,
@@ -70,6 +71,16 @@ def test_certificates_are_above_the_dense_norm_and_near_it(conv: tuple[nn.Conv2d
     assert found.residual is None
     assert float(found.value) >= exact * (1 - 1e-12)
     assert float(found.value) <= exact * (1e9 if size == (1, 1) else 2.0)  # tiny maps are mostly border
+
+
+def test_guaranteed_norms_are_exact_on_small_maps(conv: tuple[nn.Conv2d, tuple[int, int], float]) -> None:
+    module, size, exact = conv
+    found = guaranteed_norm(module, size)
+    assert found.kind == "exact"
+    assert float(found.value) == pytest.approx(exact, rel=1e-10)
+    large = nn.Conv2d(3, 2, 3, padding=1)
+    assert torch.equal(guaranteed_norm(large, (20, 20)).value, certificate(large, (20, 20)).value)
+    assert float(guaranteed_norm(nn.Linear(3, 2)).value) > 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,7 +17,7 @@ from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.probes.spectral import lipschitz, settling, update_bound
 from residuum.profiles import Point, load, profile
-from residuum.spectra import certificate
+from residuum.spectra import guaranteed_norm
 from residuum.streams import Block, Section, Stream
 
 FAMILIES = ["own", "own projection", "loop", "torchvision vit", "gpt2", "llama", "bert"]
@@ -222,7 +222,7 @@ def test_the_bound_is_the_product_of_the_parts() -> None:
     stream = model.cut(torch.randn(1, 3, 6, 6))
     found = update_bound(stream.sections[0].blocks[0], stream.run().states[0][0])
     block = model.sections[0][0]
-    convs = certificate(block.conv1, (6, 6)).value * certificate(block.conv2, (6, 6)).value
+    convs = guaranteed_norm(block.conv1, (6, 6)).value * guaranteed_norm(block.conv2, (6, 6)).value
     assert found.kind == "upper bound"
     assert float(found.value) == pytest.approx(float(convs) / (1 + 1e-5))  # two fresh batch norms
 
@@ -233,7 +233,7 @@ def test_bounds_follow_the_chain_that_a_block_names() -> None:
     down, up = nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Conv2d(3, 2, 3, padding=3)
     h = torch.randn(1, 2, 7, 7)
     chain = Block("0", lambda h: h, lambda h: h, (down, nn.ReLU(), up))
-    expected = certificate(down, (7, 7)).value * certificate(up, (4, 4)).value
+    expected = guaranteed_norm(down, (7, 7)).value * guaranteed_norm(up, (4, 4)).value
     assert float(update_bound(chain, h).value) == pytest.approx(float(expected))
     dense = nn.Linear(4, 4)
     flat = Block("0", lambda h: h, lambda h: h, (dense, dense))

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 Map = Callable[[Tensor], Tensor]
+_DENSE = 512  # entries of a map up to which a convolution is a dense matrix
 Kind = Literal["estimate from below", "estimate", "exact", "upper bound"]
 
 _LUCK = 1e-3  # how rarely a random start may be so far from the right vector that `Norm.error` is too small
@@ -171,6 +172,27 @@ def certificate(conv: nn.Conv2d, size: tuple[int, int]) -> Norm:
     return Norm(torch.linalg.matrix_norm(spectrum.permute(0, 3, 4, 1, 2), 2).max(), "upper bound")
 
 
+def guaranteed_norm(module: nn.Module, size: tuple[int, ...] = ()) -> Norm:
+    """The operator norm of a convolution or linear module, or a bound of it: never below the truth beyond rounding.
+
+    Exact for linear modules and for convolutions on maps of at most 512 entries, from the dense matrix: there the
+    certificate is loose (up to 2.5 times on maps of 2x2), because such maps are mostly border. Otherwise `certificate`.
+
+    Raises:
+        ValueError: As `operator_norm` and `certificate`.
+    """
+    if isinstance(module, nn.Linear):
+        return operator_norm(module)
+    _check(module, size)
+    entries = module.in_channels * size[0] * size[1]
+    if entries > _DENSE or module.padding_mode != "zeros":
+        return certificate(module, size)
+    settings = (module.stride, module.padding, module.dilation, module.groups)
+    units = torch.eye(entries, dtype=torch.float64, device=module.weight.device).view(-1, module.in_channels, *size)
+    matrix = nn.functional.conv2d(units, module.weight.detach().double(), None, *settings).flatten(1)
+    return Norm(torch.linalg.matrix_norm(matrix, 2), "exact")
+
+
 def map_size(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, ...]:
     """Rows and columns of what a convolution makes of maps of a size."""
     return tuple(conv(conv.weight.new_zeros(1, conv.in_channels, *size)).shape[2:])
@@ -191,7 +213,7 @@ def batch_norm_norm(norm: nn.Module) -> Norm:
 def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm | None:
     """A Lipschitz bound of layers one after another in eval mode, or None where there is none.
 
-    The product of certificates of convolutions and exact norms of linear modules and batch norms; what is 1-Lipschitz
+    The product of guaranteed norms of convolutions, linear modules and batch norms in eval mode; what is 1-Lipschitz
     (ReLU, identity) may stand between them. None if there is a layer of another kind, or one whose output hooks can
     change.
 
@@ -215,9 +237,9 @@ def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm
 def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
     works_as = type(layer).forward  # a class derived from torch's may do something else
     if works_as is nn.Conv2d.forward:
-        return certificate(layer, size) if layer.padding_mode == "zeros" else None
+        return guaranteed_norm(layer, size) if layer.padding_mode == "zeros" else None
     if works_as is nn.Linear.forward:
-        return operator_norm(layer)
+        return guaranteed_norm(layer)
     if works_as is nn.BatchNorm2d.forward and not layer.training and layer.running_var is not None:
         return batch_norm_norm(layer)
     return Norm(torch.ones((), dtype=torch.float64), "exact") if type(layer) in (nn.ReLU, nn.Identity) else None

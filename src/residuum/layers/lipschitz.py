@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from residuum.layers.sharing import BATCH_NORMS
 from residuum.names import unknown
-from residuum.spectra import Operator, certificate, largest_singular_value, operator_norm
+from residuum.spectra import Operator, guaranteed_norm, largest_singular_value, operator_norm
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 _TOLERANCE, _PRODUCTS = 1e-3, 400  # in eval mode: relative residual of the norm, most products to reach it
@@ -254,7 +254,7 @@ def overshoot(model: nn.Module) -> float | None:
 def export(model: nn.Module) -> nn.Module:
     """A copy with plain weights, that holds its bounds strictly and that stock torch layers load.
 
-    Every limited weight is divided by its guaranteed norm (`certificate`, exact for nn.Linear) over the bound where
+    Every limited weight is divided by its `guaranteed_norm` over the bound where
     that is above 1, so it can be a few percent smaller than in the model; every clipped scale is written as it works.
 
     Args:
@@ -295,9 +295,7 @@ def _make_plain_(module: nn.Module) -> None:
 def _scale_to_(module: nn.Module, limit: Limited) -> None:
     """Make a plain weight so small that its guaranteed norm is within the bound, rounding included."""
     for _ in range(2):  # the second round takes care of rounding in the first
-        exact = isinstance(module, nn.Linear)
-        norm = operator_norm(module) if exact else certificate(module, limit.size)
-        scale = float(limit.bound / norm.value)
+        scale = float(limit.bound / guaranteed_norm(module, limit.size).value)
         if scale < 1:
             with torch.no_grad():
                 module.weight.mul_(scale * (1 - 2 * torch.finfo(module.weight.dtype).eps))
