@@ -37,6 +37,7 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -m benchmarks.lipschitz
 	$(ONE) $(BIN)/python -m benchmarks.training
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
+	$(ONE) $(BIN)/python -W ignore -m benchmarks.reversible
 
 clean:
 	rm -rf .venv dist residuum-demo

@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes"],
+    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
     ["solvers"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],

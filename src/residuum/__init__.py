@@ -29,6 +29,7 @@ _HOMES = {
     "Limit": "layers.lipschitz",
     "limit_": "layers.lipschitz",
     "export": "layers.lipschitz",
+    "reversible": "layers.reversible",
     "share": "layers.sharing",
     "fold": "layers.sharing",
     "fold_coupled": "folding",
