@@ -1,4 +1,4 @@
-"""The command line of residuum: demo, train, probe, report, fold, stability, data. Heavy imports wait for the command."""
+"""The command line: residuum demo, train, probe, report, fold, stability, data. Heavy imports wait for the command."""
 
 import shlex
 import signal
