@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
+RELATIVE = 1e-10  # what is added to the diagonal of ones of Anderson's small systems
 MIXED_FROM = 0.15  # contraction above which Anderson's mixing saves more evaluations than it costs
 
 
@@ -23,8 +24,9 @@ class Record:
 
     Attributes:
         steps: Steps until the example was finished or given up.
-        residual: `|f(x) - x| / (1 + |x|)`, or `|b + A v - v| / (|b| + |v|)` of a linear solve; 2-norms over the state,
-            of the very value that is returned, dimensionless; nan or inf where the map is not finite.
+        residual: `|f(x) - x| / (1 + |x|)`, or `|b + A v - v| / (|b| + |v|)` of a linear solve, where |v| counts up to
+            `|b| / sqrt(tol)`; 2-norms over the state, of the very value that is returned, dimensionless; nan or inf
+            where the map is not finite.
         converged: Whether the residual is within the tolerance.
         evaluations: Evaluations of f, or products with the Jacobian or its transpose, each for the whole batch.
     """
@@ -73,32 +75,34 @@ class Neumann:
 
     def invert(self, A: Map, b: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution v = (I - A)^-1 b, and what it took."""
-        return iterate(lambda v: b + A(v), b, unit(b), self.tol, self.max_steps, memory=0)
+        return iterate_linear(A, b, tol=self.tol, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)
 class BiCGStab:
-    """Stabilised bi-conjugate gradients; two products per step, six vectors however many steps.
+    """Stabilised bi-conjugate gradients; about eight vectors however many steps.
+
+    Examples that A shrinks to 0.15 at once take the Neumann series instead, which needs no more products there.
 
     The residual that the recursion carries drifts from the true one, so an example is finished only when the residual
     of its solution, computed anew, is within the tolerance; otherwise the solve goes on from there.
 
     Attributes:
         tol: Relative residual at which an example is finished.
-        max_steps: Most steps before an example is given up.
+        max_steps: Most steps, one product each, before an example is given up.
 
     Source: van der Vorst (1992).
     """
 
     tol: float = 1e-6
-    max_steps: int = 100
+    max_steps: int = 200
 
     def __post_init__(self) -> None:
         check_settings(self, "max_steps")
 
     def invert(self, A: Map, b: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution v = (I - A)^-1 b, and what it took."""
-        return _refine(_bicgstab, A, b, self.tol, self.max_steps)
+        return _refine(_bicgstab, A, b, self)
 
 
 @dataclass(frozen=True)
@@ -129,26 +133,30 @@ class GMRES:
         def cycle(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
             return _gmres(A, r, target, left.clamp_max(self.restart))
 
-        return _refine(cycle, A, b, self.tol, self.max_steps)
+        return _refine(cycle, A, b, self)
 
 
 class Progress:
     """Which rows are still at work, their steps and residuals.
 
-    A residual is `|g| / (base + |x|)`. A row stops for good when it is within the tolerance or not finite.
+    A residual is `|g| / (1 + |x|)`, with |x| counted up to `most`. A row stops for good when it is within the tolerance
+    or not finite.
     """
 
-    def __init__(self, base: Float[Tensor, " example"], tol: float) -> None:
-        self.base, self.tol = base, tol
-        self.active = torch.ones_like(base, dtype=torch.bool)
-        self.steps = torch.zeros_like(base, dtype=torch.long)
-        self.residual = torch.full_like(base, math.inf)
+    def __init__(self, x: Float[Tensor, "example n"], tol: float, *, most: float = math.inf) -> None:
+        self.tol, self.most = tol, most
+        self.active = x.new_ones(len(x), dtype=torch.bool)
+        self.steps = x.new_zeros(len(x), dtype=torch.long)
+        self.residual = x.new_full((len(x),), math.inf)
 
     def note(self, g: Tensor, x: Tensor) -> int:
         """Take the residuals g at x down; how many rows are still at work."""
-        self.size = _norm(g)
-        self.residual = torch.where(self.active, self.size / (self.base + _norm(x)), self.residual)
-        self.active = self.active & (self.residual > self.tol) & self.residual.isfinite()
+        self.size, length = _norm(g), _norm(x)
+        seen = self.size
+        if self.most < math.inf:  # where x is huge g may be 0 by rounding alone
+            seen, length = seen.maximum(torch.finfo(x.dtype).eps * length), length.clamp_max(self.most)
+        self.residual = torch.where(self.active, seen / (1 + length), self.residual)
+        self.active = self.active & (self.residual > self.tol) & (self.residual < math.inf)
         return int(self.active.sum())
 
     def kept(self, g: Tensor) -> Tensor:
@@ -169,17 +177,38 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def unit(b: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:
-    """|b|, or 1 where b is zero and so is the solution."""
-    size = _norm(b)
-    return size.masked_fill(size == 0, 1)
+def scaled(b: Float[Tensor, "example n"]) -> tuple[Float[Tensor, "example n"], Float[Tensor, "example 1"]]:
+    """b with rows of length 1 and the lengths; rows of zeros stay, with length 1."""
+    size = _norm(b)[:, None]
+    size = size.masked_fill(size == 0, 1)
+    return b / size, size
+
+
+def _most(tol: float) -> float:
+    """How far |v| / |b| counts in the rule to stop; a singular system has a v so large that any residual is small."""
+    return tol**-0.5
+
+
+def iterate_linear(
+    A: Map, b: Float[Tensor, "example n"], *, tol: float, max_steps: int, memory: int = 0
+) -> tuple[Tensor, Record]:
+    """v <- b + A v, mixed as in `iterate`; b is scaled to length 1 meanwhile, so that the rule to stop is relative."""
+    b, size = scaled(b)
+    v, record = iterate(lambda v: b + A(v), b, tol=tol, max_steps=max_steps, memory=memory, most=_most(tol))
+    return v * size, record
 
 
 def iterate(
-    f: Map, x: Float[Tensor, "example n"], base: Float[Tensor, " example"], tol: float, max_steps: int, memory: int
+    f: Map,
+    x: Float[Tensor, "example n"],
+    *,
+    tol: float,
+    max_steps: int,
+    memory: int = 0,
+    most: float = math.inf,
 ) -> tuple[Tensor, Record]:
     """x <- f(x), mixed with the last `memory` steps in the rows where plain steps are slow."""
-    progress = Progress(base, tol)
+    progress = Progress(x, tol, most=most)
     mixed = torch.zeros_like(progress.active)
     mixture = before = None
     for step in range(max_steps + 1):
@@ -196,89 +225,125 @@ def iterate(
             if mixture is not None:
                 new = mixture.step(step, fx, g, *before[:2], mixed)
         before = fx, g, progress.size
-        x = new if working == len(x) else torch.where(progress.active[:, None], new, x)
+        x = new if working == x.shape[0] else torch.where(progress.active[:, None], new, x)
         progress.steps += progress.active
     return x, progress.record(step + 1)
 
 
 class Mixture:
-    """The last differences of f(x) and g = f(x) - x, and the small system that they make, per row."""
+    """The last differences of f(x) and g = f(x) - x, and the small system that they make, per row.
+
+    Both differences are divided by the length of that of g, so the Gram matrix has a diagonal of ones.
+    """
 
     def __init__(self, like: Float[Tensor, "example n"], memory: int) -> None:
         rows, n = like.shape
         self.df, self.dg = like.new_zeros(2, rows, memory, n)
-        self.gram = like.new_zeros(rows, memory, memory, dtype=torch.float64)
-        self.eye = torch.eye(memory, dtype=torch.float64, device=like.device)
+        self.gram = torch.eye(memory, dtype=torch.float64, device=like.device).repeat(rows, 1, 1)
 
     def step(self, step: int, fx: Tensor, g: Tensor, fx_before: Tensor, g_before: Tensor, mixed: Tensor) -> Tensor:
         """Where to go from fx; fx itself in the rows that are not mixed, which leave no differences behind."""
         slot = step % self.gram.shape[1]  # not a count of calls: when others began must not change the order of sums
-        self.df[:, slot] = (fx - fx_before).masked_fill_(~mixed[:, None], 0)
-        self.dg[:, slot] = (g - g_before).masked_fill_(~mixed[:, None], 0)
-        self.gram[:, slot] = self.gram[:, :, slot] = _dot(self.dg, self.dg[:, slot, None])
-        size = self.gram.diagonal(dim1=1, dim2=2).sqrt()
-        empty = size == 0
-        size = size.masked_fill(empty, 1)
-        system = self.gram / (size[:, :, None] * size[:, None]) + self.eye * (1e-10 + empty.double()[:, None])
-        right = _dot(self.dg, g[:, None]).double() / size
-        gamma = torch.linalg.solve_ex(system, right[:, :, None])[0][:, :, 0] / size
-        return fx - torch.bmm(gamma.to(fx.dtype)[:, None], self.df)[:, 0]
+        dg = g - g_before
+        factor = (mixed / _norm(dg).clamp_min(1e-20))[:, None]
+        torch.mul(dg, factor, out=self.dg[:, slot])
+        torch.mul(fx - fx_before, factor, out=self.df[:, slot])
+        self.gram[:, slot] = self.gram[:, :, slot] = _dot(self.dg, self.dg[:, slot, None]).double()
+        self.gram[:, slot, slot] = 1 + RELATIVE
+        right = _dot(self.dg, g[:, None]).double()
+        gamma = torch.linalg.solve_ex(self.gram, right[:, :, None])[0].to(fx.dtype)
+        new = fx.clone()
+        for weight, df in zip(gamma.unbind(1), self.df.unbind(1), strict=True):
+            new.addcmul_(weight, df, value=-1)
+        return new
 
 
 Cycle = Callable[[Map, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int]]
 
 
-def _refine(cycle: Cycle, A: Map, b: Tensor, tol: float, max_steps: int) -> tuple[Tensor, Record]:
-    """v = b + A v: corrections by a Krylov method until the true residual is small.
+def _refine(cycle: Cycle, A: Map, b: Tensor, settings: LinearSolver) -> tuple[Tensor, Record]:
+    """v = b + A v: corrections by a Krylov method until the true residual is small; b is scaled to length 1 meanwhile.
 
-    A cycle takes the residuals, the size to bring each down to, and how many steps are left to each row (0: leave it
-    alone); it gives the corrections, the steps taken per row and the number of products.
+    A cycle takes the residuals, scaled too, the size to bring each down to, and how many steps are left to each row
+    (0: leave it alone); it gives the corrections, the steps taken per row and the number of products.
     """
-    progress = Progress(unit(b), tol)
-    v, r, products = torch.zeros_like(b), b, 0
-    progress.note(r, v)
-    while True:
-        left = (max_steps - progress.steps) * progress.active
+    b, size = scaled(b)
+    progress = Progress(b, settings.tol, most=_most(settings.tol))
+    v, r, scale, products = torch.zeros_like(b), b, torch.ones_like(size), 0
+    working = progress.note(r, v)
+    while working:
+        left = (settings.max_steps - progress.steps) * progress.active
         if not left.any():
-            return v, progress.record(products)
-        target = tol * (progress.base + _norm(v))
-        d, steps, used = cycle(A, progress.kept(r), target, left)
-        v = v + d
+            break
+        target = settings.tol * (1 + _norm(v).clamp_max(progress.most)) / scale[:, 0]
+        d, steps, used = cycle(A, r, target, left)
+        v = torch.addcmul(v, d, scale)
         r = b + A(v) - v
         products += used + 1
         progress.steps += steps
-        progress.note(r, v)
+        working = progress.note(r, v)
+        r, scale = scaled(progress.kept(r)) if working else (r, scale)
+    return v * size, progress.record(products)
 
 
 def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
-    """(I - A) d = r for the rows with steps left, until the residual of the recursion is small or it breaks down."""
-    shadow, p, d, rho = r, r, torch.zeros_like(r), _dot(r, r)
-    steps, products, active = torch.zeros_like(left), 0, left > 0
-    while active.any():
-        steps += active
-        q = p - A(p)
-        alpha = _ratio(rho, _dot(shadow, q), active)
+    """(I - A) d = r for the rows with steps left, until the residual of the recursion is small.
+
+    In the rows that A contracts well at once alpha = omega = 1 and p = r: there the recursion is the Neumann series.
+    """
+    image, active = A(r), left > 0
+    plain = _norm(image) <= MIXED_FROM * _norm(r)
+    if plain.all():
+        return _neumann(A, r, image, target, left)
+    plain = plain if plain.any() else None
+    shadow, p, rho = r, r, _dot(r, r)
+    d, steps, products = torch.zeros_like(r), active.long(), 1
+    while True:
+        q = p - image
+        alpha = _ratio(rho, _dot(shadow, q), active, plain)
         d = torch.addcmul(d, alpha, p)
-        s = torch.addcmul(r, alpha, q, value=-1)
-        products += 1
-        half = active & (_norm(s) > target)
-        if not half.any():
-            break
-        t = s - A(s)
-        products += 1
-        omega = _ratio(_dot(t, s), _dot(t, t), half)
+        s = _either(plain, image, torch.addcmul(r, alpha, q, value=-1))
+        active = active & (_norm(s) > target) & (steps < left)
+        if not active.any():
+            return d, steps, products
+        image, steps, products = A(s), steps + active, products + 1
+        t = s - image
+        omega = _ratio(_dot(t, s), _dot(t, t), active, plain)
         d = torch.addcmul(d, omega, s)
-        r = torch.addcmul(s, omega, t, value=-1)
+        r = _either(plain, image, torch.addcmul(s, omega, t, value=-1))
+        active = active & (_norm(r) > target) & (steps < left)
+        if not active.any():
+            return d, steps, products
         last, rho = rho, _dot(shadow, r)
-        beta = _ratio(rho, last, half) * _ratio(alpha[:, 0], omega[:, 0], half)
-        p = r + beta * (p - omega * q)
-        active = half & (_norm(r) > target) & (beta[:, 0] != 0) & (steps < left)
-    return d, steps, products
+        beta = _ratio(rho * alpha[:, 0], last * omega[:, 0], active)
+        p = _either(plain, r, torch.addcmul(r, beta, torch.addcmul(p, omega, q, value=-1)))
+        image, steps, products = A(p), steps + active, products + 1
 
 
-def _ratio(a: Tensor, b: Tensor, where: Tensor) -> Float[Tensor, "example 1"]:
-    """a / b as a column; 0 in the other rows and where it is not finite."""
-    return torch.where(where, a / b, 0).nan_to_num(0, 0, 0)[:, None]
+def _either(plain: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a in the plain rows, b in the others."""
+    return b if plain is None else torch.where(plain[:, None], a, b)
+
+
+def _neumann(A: Map, r: Tensor, image: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
+    """What `_bicgstab` does, bitwise, where all its rows are plain."""
+    d, active, steps, products = torch.zeros_like(r), left > 0, torch.zeros_like(left), 1
+    while True:
+        d = torch.addcmul(d, active[:, None].to(d.dtype), r)
+        r, steps = image, steps + active
+        active = active & (_norm(r) > target) & (steps < left)
+        if not active.any():
+            return d, steps, products
+        image, products = A(r), products + 1
+
+
+def _ratio(a: Tensor, b: Tensor, active: Tensor, one: Tensor | None = None) -> Float[Tensor, "example 1"]:
+    """a / b as a column, but 1 in the rows `one`; 0 in rows that are not active.
+
+    Any number keeps the recursion true, so where b is 0 it does not matter which.
+    """
+    ratio = a / (b + (b == 0))
+    return ((ratio if one is None else ratio.masked_fill(one, 1)) * active)[:, None]
 
 
 def _gmres(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:

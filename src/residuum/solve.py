@@ -1,9 +1,10 @@
 """Fixed points x = f(x), per example, differentiable by the implicit function theorem.
 
-The solve itself is not recorded. Where gradients are wanted f is applied twice more, at the solution y. The first time
-at a leaf: this graph gives the products with J = df/dx and, once `(I - J^T) v = g` is solved, the gradients of all that
-f captures. Its result with these derivatives, y1, is what f is applied to the second time; `f(y1) - J y1` with J held
-constant has the right first and second derivatives. Only a backward pass with `create_graph=True` walks that one.
+Nothing is differentiated through the iterations. Where gradients are wanted two applications of f at the solution y are
+recorded. The first, the last of the solve, is at a leaf: its graph gives the products with J = df/dx and, once
+`(I - J^T) v = g` is solved, the gradients of all that f captures. Its result with these derivatives, y1, is what f is
+applied to the second time; `f(y1) - J y1` with J held constant has the right first and second derivatives. Only a
+backward pass with `create_graph=True` walks that graph.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
 from residuum.linear import GMRES, BiCGStab, LinearSolver, Map, Neumann, Record
-from residuum.solvers import Anderson, NewtonKrylov, Picard, Solver, constant, products, transforms
+from residuum.solvers import Anderson, Linearised, NewtonKrylov, Picard, Solver, constant, linearise, transforms
 
 __all__ = [
     "GMRES",
@@ -51,7 +52,7 @@ class Solution:
         steps: Steps of the solver per example.
         residual: `|f(x) - x| / (1 + |x|)` at the value per example, 2-norms, dimensionless.
         converged: Whether the residual is within the tolerance.
-        evaluations: Evaluations of f on the batch, two for the gradients included, and products with its Jacobian.
+        evaluations: Evaluations of f on the batch, those for the gradients included, and products with its Jacobian.
         adjoint: One record per linear solve of a backward pass so far; its residual is `|g + J^T v - v| / (|g| + |v|)`.
     """
 
@@ -103,15 +104,18 @@ def fixed_point(
     adjoint = adjoint or _companion(solver)
     for used in (solver, adjoint):
         _check_tolerance(used, dtype)
+    forward_mode = forward_ad._current_level >= 0
+    recording = torch.is_grad_enabled() and not transforms() and not forward_mode
     with torch.autocast(device, enabled=False):
         with constant():
             x = x0.to(dtype, copy=True)
             rows = _Rows(x)
-            y, record = solver.solve(lambda r: rows.flat(_value(f, rows.shaped(r))), rows.flat(x))
+            map_ = _Recorded(f, rows, recording)
+            y, record = solver.solve(map_, rows.flat(x))
         _judge("fixed_point", solver, record, throw)
         solution = Solution(rows.shaped(y), record.steps, record.residual, record.converged, record.evaluations)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return _differentiable(f, solution, adjoint, rows, throw)
+        if torch.is_grad_enabled() or forward_mode:
+            return _differentiable(map_, solution, y, adjoint, throw)
         return solution
 
 
@@ -139,25 +143,46 @@ class _Rows:
         return r if self.plain else r.view(self.inside).permute(self.back)
 
 
-def _value(f: Map, x: Tensor) -> Tensor:
-    """f(x), of the right kind."""
-    out = f(x)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"fixed_point: f must give a tensor; it gave {type(out).__name__}")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"fixed_point: f must keep shape and precision; it made {out.dtype} {tuple(out.shape)} "
-            f"of {x.dtype} {tuple(x.shape)}"
-        )
-    return out
+class _Recorded:
+    """f on rows, for a solver; its last evaluation is recorded where gradients may be wanted.
+
+    A solver ends with f at the solution, to know its residual. Recording every evaluation, and dropping the graph of
+    the one before, costs less than one more.
+    """
+
+    def __init__(self, f: Map, rows: _Rows, recording: bool) -> None:
+        self.f, self.rows, self.recording = f, rows, recording
+        self.at, self.last = None, None
+
+    def __call__(self, r: Float[Tensor, "example n"]) -> Tensor:
+        self.last = None
+        x = self.rows.shaped(r)
+        if self.recording and not torch.is_grad_enabled():  # a solver that differentiates f needs it as it is
+            self.at, self.last = r, linearise(self._checked, x)
+            return self.rows.flat(self.last.value.detach())
+        return self.rows.flat(self._checked(x))
+
+    def _checked(self, x: Tensor) -> Tensor:
+        out = self.f(x)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"fixed_point: f must give a tensor; it gave {type(out).__name__}")
+        if out.shape != x.shape or out.dtype != x.dtype:
+            raise ValueError(
+                f"fixed_point: f must keep shape and precision; it made {out.dtype} {tuple(out.shape)} "
+                f"of {x.dtype} {tuple(x.shape)}"
+            )
+        return out
 
 
-def _differentiable(f: Map, solution: Solution, linear: LinearSolver, rows: _Rows, throw: bool) -> Solution:
-    """The solution with derivatives in everything that f captures, if that asks for any."""
-    y = solution.value
-    first, pull, push = products(f, y)
-    if not _depends(first):
-        return replace(solution, evaluations=solution.evaluations + 1)
+def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: LinearSolver, throw: bool) -> Solution:
+    """The solution, found as the rows `at`, with derivatives in everything that f captures, if that asks for any."""
+    y, rows, count = solution.value, f.rows, solution.evaluations
+    at_y = f.last
+    if at_y is None or f.at is not at:
+        at_y = linearise(f.f, y)
+        count += 1
+    if not _depends(at_y):
+        return replace(solution, evaluations=count)
 
     def inverse(product: Map, g: Tensor) -> Tensor:
         with constant(), torch.autocast(y.device.type, enabled=False):
@@ -170,24 +195,26 @@ def _differentiable(f: Map, solution: Solution, linear: LinearSolver, rows: _Row
         with constant():
             return of(v)
 
+    push, pull = at_y.push, at_y.pull
     maps = _Maps(partial(product, push), partial(product, pull), partial(inverse, push), partial(inverse, pull))
-    once = _Once.apply(first, y, maps)
-    value = _Twice.apply(first, f(once), once, maps)
-    return replace(solution, value=value, evaluations=solution.evaluations + 2)
+    once = _Once.apply(at_y.value, y, maps)
+    value = _Twice.apply(at_y.value, f.f(once), once, maps)
+    return replace(solution, value=value, evaluations=count + 1)
 
 
-def _depends(first: Tensor) -> bool:
-    """Whether f(y), recorded at a leaf, depends on more than that leaf; under forward mode and transforms it may."""
-    if forward_ad._current_level >= 0 or transforms():
+def _depends(at_y: Linearised) -> bool:
+    """Whether f(y) depends on more than its leaf; under forward mode and transforms it may."""
+    if at_y.leaf is None or forward_ad._current_level >= 0:
         return True
-    seen, todo, leaves = set(), [first.grad_fn], 0
-    while todo and leaves < 2:
+    seen, todo = set(), [at_y.value.grad_fn]
+    while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            leaves += not node.next_functions
+            if not node.next_functions and getattr(node, "variable", None) is not at_y.leaf:
+                return True
             todo += [after for after, _ in node.next_functions]
-    return leaves == 2
+    return False
 
 
 @dataclass(frozen=True, eq=False)

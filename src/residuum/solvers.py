@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from residuum.linear import GMRES, LinearSolver, Map, Progress, Record, check_settings, iterate, unit
+from residuum.linear import GMRES, LinearSolver, Map, Progress, Record, check_settings, iterate, iterate_linear
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Picard:
 
     def solve(self, f: Map, x: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution from the start x, and what it took."""
-        return iterate(f, x, x.new_ones(len(x)), self.tol, self.max_steps, memory=0)
+        return iterate(f, x, tol=self.tol, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Anderson:
 
     def solve(self, f: Map, x: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution from the start x, and what it took."""
-        return iterate(f, x, x.new_ones(len(x)), self.tol, self.max_steps, self.memory)
+        return iterate(f, x, tol=self.tol, max_steps=self.max_steps, memory=self.memory)
 
     def invert(self, A: Map, b: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution v = (I - A)^-1 b, and what it took."""
-        return iterate(lambda v: b + A(v), b, unit(b), self.tol, self.max_steps, self.memory)
+        return iterate_linear(A, b, tol=self.tol, max_steps=self.max_steps, memory=self.memory)
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,15 @@ class NewtonKrylov:
 
     def solve(self, f: Map, x: Float[Tensor, "example n"]) -> tuple[Tensor, Record]:
         """The solution from the start x, and what it took."""
-        progress = Progress(x.new_ones(len(x)), self.tol)
+        progress = Progress(x, self.tol)
         evaluations = 0
         for step in range(self.max_steps + 1):
-            fx, _, push = products(f, x)
-            g = fx.detach() - x
+            at_x = linearise(f, x)
+            g = at_x.value.detach() - x
             evaluations += 1
             if not progress.note(g, x) or step == self.max_steps:
                 break
-            d, inner = self.linear.invert(push, progress.kept(g))
+            d, inner = self.linear.invert(at_x.push, progress.kept(g))
             evaluations += inner.evaluations
             x = torch.where(progress.active[:, None], x + d, x)
             progress.steps += progress.active
@@ -131,16 +131,29 @@ def constant() -> Iterator[None]:
         yield
 
 
-def products(f: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    """f(x), v -> J^T v and v -> J v with J = df/dx, from one recorded evaluation.
+@dataclass(frozen=True, eq=False)
+class Linearised:
+    """A map at a state: its value, and products with its Jacobian J.
 
-    f(x) keeps its graph in what f captures; the products are for use where all is `constant`. J v is found by
-    differentiating J^T v, which is recorded when it is first needed.
+    Attributes:
+        value: f(x), with its graph in what f captures.
+        pull: v -> J^T v. Both products are for use where all is `constant`.
+        push: v -> J v, by differentiating J^T v, which is recorded when this is first used.
+        leaf: What f was applied to, where there are leaves.
     """
+
+    value: Tensor
+    pull: Map
+    push: Map
+    leaf: Tensor | None
+
+
+def linearise(f: Map, x: Tensor) -> Linearised:
+    """One recorded evaluation of f."""
     if transforms():  # there are no leaves, and all must be recorded here, at the level of what f captures
         fx, pulled = vjp(f, x)
         _, pushed = vjp(lambda u: pulled(u)[0], torch.zeros_like(x))
-        return fx, lambda v: pulled(v)[0], lambda v: pushed(v)[0]
+        return Linearised(fx, lambda v: pulled(v)[0], lambda v: pushed(v)[0], None)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -161,4 +174,4 @@ def products(f: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
         pulled, u = recorded()
         return torch.autograd.grad(pulled, u, v, **options)[0] if pulled.requires_grad else torch.zeros_like(v)
 
-    return fx, pull, push
+    return Linearised(fx, pull, push, leaf)

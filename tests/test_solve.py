@@ -1,0 +1,440 @@
+"""Fixed points: solvers converge where they must and report where they cannot; two derivatives are right."""
+
+import dataclasses
+import gc
+import inspect
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import oracles_solve as oracles
+from residuum.solve import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    ConvergenceError,
+    LinearSolver,
+    Neumann,
+    NewtonKrylov,
+    Picard,
+    Solution,
+    Solver,
+    fixed_point,
+)
+
+TIGHT = 1e-12
+SOLVERS = {
+    "picard": Picard(TIGHT, 3000),
+    "anderson": Anderson(TIGHT, 200),
+    "anderson, memory 1": Anderson(TIGHT, 1000, memory=1),
+    "newton": NewtonKrylov(TIGHT),
+    "newton, bicgstab": NewtonKrylov(TIGHT, linear=BiCGStab(1e-3)),
+}
+LINEAR = {
+    "neumann": Neumann(TIGHT, 3000),
+    "anderson": Anderson(TIGHT, 300),
+    "bicgstab": BiCGStab(TIGHT),
+    "gmres": GMRES(TIGHT),
+    "gmres, restarted": GMRES(TIGHT, 500, restart=3),
+}
+
+
+def contractions(examples: int, n: int, radius: float, seed: int) -> Tensor:
+    """One matrix per example, of norm `radius`."""
+    A = torch.randn(examples, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return radius * A / torch.linalg.matrix_norm(A, 2)[:, None, None]
+
+
+def times(A: Tensor, v: Tensor) -> Tensor:
+    return (A * v[:, None]).sum(2)
+
+
+def field(W: Tensor, c: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda y: torch.tanh(y @ W) + c
+
+
+def problem(examples: int = 3, n: int = 4, radius: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Weights of norm `radius` and inputs, asking for gradients."""
+    W = contractions(1, n, radius, 0)[0]
+    return W.requires_grad_(), torch.randn(examples, n, dtype=torch.float64).requires_grad_()
+
+
+# Solvers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.floats(0, 0.95), st.integers(0, 2**16))
+def test_every_solver_solves_contractions(solver: Solver, examples: int, n: int, radius: float, seed: int) -> None:
+    """|x - x*| <= |f(x) - x| / (1 - radius): what a residual within tolerance means for a contraction."""
+    A, b = contractions(examples, n, radius, seed), torch.randn(examples, n, dtype=torch.float64)
+    found = fixed_point(lambda x: times(A, x) + b, torch.zeros_like(b), solver)
+    true = oracles.linear(A, b)
+    assert found.converged.all()
+    bound = TIGHT * (1 + found.value.norm(dim=1)) / (1 - radius)
+    assert ((found.value - true).norm(dim=1) <= bound + 1e-14 * true.norm(dim=1)).all()
+    assert (found.residual <= TIGHT).all()
+    assert (found.steps <= solver.max_steps).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_nonlinear_fixed_points_are_those_of_dense_newton(solver: Solver) -> None:
+    W, c = problem(radius=0.9)
+    f = field(W.detach(), c.detach())
+    found = fixed_point(lambda y: torch.tanh(y @ W) + c, torch.zeros_like(c), solver).value
+    # f acts on each example alone, which the oracle needs
+    one = [
+        oracles.newton(lambda y, i=i: torch.tanh(y @ W.detach()) + c.detach()[i : i + 1], c.detach()[i : i + 1])
+        for i in range(3)
+    ]
+    torch.testing.assert_close(found.detach(), torch.cat(one), rtol=0, atol=1e-10)
+    assert f(found).shape == found.shape
+
+
+@pytest.mark.parametrize("solver", LINEAR.values(), ids=LINEAR)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.floats(0, 0.95), st.integers(0, 2**16), st.integers(-40, 40))
+def test_every_linear_solver_is_the_dense_solve(
+    solver: LinearSolver, examples: int, n: int, radius: float, seed: int, exponent: int
+) -> None:
+    """At any scale of b: gradients are often tiny, and a solve that thinks them zero is wrong."""
+    A, b = contractions(examples, n, radius, seed), 10.0**exponent * torch.randn(examples, n, dtype=torch.float64)
+    b[0] *= examples > 1  # a row without gradient
+    v, record = solver.invert(partial(times, A), b)
+    true = oracles.linear(A, b)
+    assert record.converged.all()
+    assert ((v - true).norm(dim=1) <= 3 * TIGHT / (1 - radius) * (b.norm(dim=1) + true.norm(dim=1))).all()
+    residual = (b + times(A, v) - v).norm(dim=1)
+    assert (residual <= 1.1 * TIGHT * (b.norm(dim=1) + v.norm(dim=1))).all()
+
+
+@pytest.mark.parametrize(
+    "solver", [BiCGStab(TIGHT), GMRES(TIGHT), Anderson(TIGHT, 300)], ids=lambda s: type(s).__name__
+)
+def test_krylov_methods_do_not_need_contractions(solver: LinearSolver) -> None:
+    A = 3 * contractions(4, 6, 1.0, 3) - 4 * torch.eye(6, dtype=torch.float64)
+    b = torch.randn(4, 6, dtype=torch.float64)
+    v, record = solver.invert(partial(times, A), b)
+    assert record.converged.all()
+    torch.testing.assert_close(v, oracles.linear(A, b), rtol=1e-9, atol=1e-10)
+
+
+def test_newton_solves_what_does_not_contract() -> None:
+    f = lambda y: -4 * y - torch.tanh(3 * y) + 1  # noqa: E731
+    found = fixed_point(f, torch.full((2, 3), 5.0, dtype=torch.float64), NewtonKrylov(TIGHT))
+    torch.testing.assert_close(found.value, f(found.value), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["picard", "anderson", "newton"])
+def test_what_has_no_fixed_point_is_reported(name: str) -> None:
+    """x = x + 1 + x^2 has none."""
+    solver = dataclasses.replace(SOLVERS[name], max_steps=20)
+    f = lambda x: x + 1 + x * x  # noqa: E731
+    x0 = torch.zeros(2, 3, dtype=torch.float64)
+    found = fixed_point(f, x0, solver, throw=False)
+    assert not found.converged.any()
+    with pytest.raises(
+        ConvergenceError, match=r"2 of 2 examples did not converge.*steps.*tolerance 1.0e-12.*smaller step"
+    ):
+        fixed_point(f, x0, solver)
+
+
+def test_picard_reports_expansion_and_the_value_has_the_residual_that_it_says() -> None:
+    found = fixed_point(lambda x: -2 * x + 1, torch.ones(2, 3, dtype=torch.float64), Picard(1e-6, 7), throw=False)
+    assert not found.converged.any()
+    assert found.steps.tolist() == [7, 7]
+    x = found.value
+    torch.testing.assert_close(found.residual, (-3 * x + 1).norm(dim=1) / (1 + x.norm(dim=1)))
+
+
+@pytest.mark.parametrize("solver", LINEAR.values(), ids=LINEAR)
+def test_singular_systems_are_reported(solver: LinearSolver) -> None:
+    """v = b + v has no solution unless b = 0."""
+    b = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    v, record = dataclasses.replace(solver, max_steps=20).invert(lambda v: v, b)
+    assert record.converged.tolist() == [False, True]
+    assert v[1].tolist() == [0, 0]
+
+
+def test_evaluations_are_counted_and_few() -> None:
+    """Trapezoidal block on -W^T tanh(W y): the Krylov floor is 6 evaluations and 7 products at 1e-6."""
+    W = torch.linalg.qr(torch.randn(64, 64))[0].requires_grad_()
+    x = torch.randn(128, 64)
+    calls = []
+
+    def f(y: Tensor) -> Tensor:
+        calls.append(1)
+        return x - torch.tanh(y @ W.T) @ W / 2
+
+    found = fixed_point(f, x, Anderson())
+    assert found.evaluations == len(calls) <= 6 + 3
+    found.value.sum().backward()
+    (record,) = found.adjoint
+    assert record.evaluations <= 7 + 3
+    assert record.converged.all()
+
+
+def test_plain_steps_where_f_contracts_well() -> None:
+    A, b = contractions(3, 8, 0.1, 0), torch.randn(3, 8, dtype=torch.float64)
+    plain, mixed = (fixed_point(lambda x: times(A, x) + b, b, s) for s in (Picard(TIGHT), Anderson(TIGHT)))
+    assert torch.equal(plain.value, mixed.value)
+
+
+# Each example on its own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_an_answer_and_its_gradient_do_not_depend_on_the_neighbours(name: str, dtype: torch.dtype) -> None:
+    """Bitwise, for easy, slow, diverging and non-finite neighbours."""
+    solver = dataclasses.replace(SOLVERS[name], tol=1e-6, max_steps=40)
+    A = contractions(6, 5, 0.6, 1).to(dtype)
+    b = torch.randn(6, 5, dtype=dtype)
+
+    def solve(A: Tensor, b: Tensor) -> tuple[Solution, Tensor]:
+        b = b.clone().requires_grad_()
+        found = fixed_point(lambda x: torch.sin(times(A, x)) + b, torch.zeros_like(b), solver, throw=False)
+        return found, torch.autograd.grad(found.value.sum(), b)[0]
+
+    alone, gradient = solve(A, b)
+    for neighbours in (torch.zeros_like(A), 0.1 * A, 1.6 * A, 40 * A, A * torch.nan):
+        changed, c = neighbours.clone(), 3 * b
+        changed[2], c[2] = A[2], b[2]
+        found, changed_gradient = solve(changed, c)
+        assert torch.equal(found.value[2], alone.value[2])
+        assert found.steps[2] == alone.steps[2]
+        assert found.residual[2] == alone.residual[2]
+        assert torch.equal(changed_gradient[2], gradient[2])
+
+
+@pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR)
+def test_linear_answers_do_not_depend_on_the_neighbours(linear: LinearSolver) -> None:
+    A, b = contractions(6, 5, 0.6, 1), torch.randn(6, 5, dtype=torch.float64)
+    alone, _ = linear.invert(partial(times, A), b)
+    for neighbours in (torch.zeros_like(A), 0.1 * A, 1.6 * A, A * torch.nan):
+        changed, c = neighbours.clone(), 1e3 * b
+        changed[2], c[2] = A[2], b[2]
+        found, record = dataclasses.replace(linear, max_steps=linear.max_steps).invert(partial(times, changed), c)
+        assert torch.equal(found[2], alone[2])
+        assert record.converged[2]
+
+
+def test_one_example_of_nan_leaves_the_others_right() -> None:
+    W, c = problem()
+    spoilt = c.detach().clone()
+    spoilt[1] = torch.nan
+    found = fixed_point(field(W.detach(), spoilt), torch.zeros_like(c), Anderson(TIGHT), throw=False)
+    assert found.converged.tolist() == [True, False, True]
+    right = fixed_point(field(W.detach(), c.detach()), torch.zeros_like(c), Anderson(TIGHT)).value
+    assert torch.equal(found.value[[0, 2]], right[[0, 2]])
+    with pytest.raises(ConvergenceError, match="1 of 3 examples"):
+        fixed_point(field(W, spoilt), torch.zeros_like(c), Anderson(TIGHT))
+
+
+def test_an_empty_batch_has_an_empty_solution() -> None:
+    W, c = problem()
+    for solver in (Picard(), Anderson(), NewtonKrylov()):
+        found = fixed_point(field(W, c[:0]), torch.zeros_like(c[:0]), solver)
+        assert found.value.shape == (0, 4)
+        assert found.converged.shape == (0,)
+        found.value.sum().backward()
+
+
+# Derivatives ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "adjoint"), [("picard", None), ("newton", None), ("anderson", None), *(("anderson", a) for a in LINEAR)]
+)
+def test_gradcheck_and_gradgradcheck(name: str, adjoint: str | None) -> None:
+    W, c = problem(2, 3, radius=0.5)
+
+    def solve(W: Tensor, c: Tensor) -> Tensor:
+        return fixed_point(field(W, c), torch.zeros_like(c), SOLVERS[name], adjoint=LINEAR.get(adjoint)).value
+
+    assert gradcheck(solve, (W, c))
+    assert gradgradcheck(solve, (W, c))
+
+
+def test_gradients_are_those_of_the_unrolled_iteration() -> None:
+    """First and second derivatives, in parameters, inputs, and what lies before them."""
+    W, c = problem()
+    found = []
+    for solve in (lambda f, x: fixed_point(f, x, Anderson(TIGHT)).value, oracles.unrolled):
+        y = solve(field(W.sin(), (2 * c).tanh()), torch.zeros_like(c))
+        first = torch.autograd.grad(y.square().sum(), (W, c), create_graph=True)
+        both = y.sum() + sum(g.square().sum() for g in first)  # uses value and gradients in one pass
+        found.append((*first, *torch.autograd.grad(both, (W, c))))
+    for ours, unrolled in zip(*found, strict=True):
+        torch.testing.assert_close(ours, unrolled, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_survive_the_solution() -> None:
+    """Second derivatives hold what they need even when value and solution are gone, and leave no cycle behind."""
+    W, c = problem()
+    g = torch.autograd.grad(
+        fixed_point(field(W, c), torch.zeros_like(c), Anderson(TIGHT)).value.sum(), W, create_graph=True
+    )
+    gc.collect()
+    second = torch.autograd.grad(g[0].square().sum(), W)[0]
+    y = oracles.unrolled(field(W, c), torch.zeros_like(c))
+    g = torch.autograd.grad(y.sum(), W, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(g[0].square().sum(), W)[0], rtol=1e-9, atol=1e-10)
+
+
+def test_modules_in_closures_get_their_gradients_and_keep_their_buffers() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.Tanh()).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    net.eval()
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    grads = []
+    for solve in (lambda f, x: fixed_point(f, x, Anderson(TIGHT)).value, oracles.unrolled):
+        y = solve(lambda h: x + 0.2 * net(h), x)
+        grads.append(torch.autograd.grad(y.square().sum(), tuple(net.parameters())))
+    for ours, unrolled in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, unrolled, rtol=1e-8, atol=1e-9)
+    assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+def test_nothing_to_differentiate_leaves_no_graph() -> None:
+    W, c = (t.detach() for t in problem())
+    assert not fixed_point(field(W, c), torch.zeros_like(c), Anderson()).value.requires_grad
+    with torch.no_grad():
+        W, c = problem()
+        assert not fixed_point(field(W, c), torch.zeros_like(c), Anderson()).value.requires_grad
+
+
+def test_a_constant_map_and_one_without_gradient() -> None:
+    _, c = problem()
+    found = fixed_point(lambda _: c * 2, torch.zeros_like(c), Anderson())
+    found.value.sum().backward()
+    assert torch.equal(c.grad, torch.full_like(c, 2))
+
+
+def test_an_adjoint_that_fails_raises_from_backward_or_is_recorded() -> None:
+    W, c = problem(radius=0.9)
+    short = BiCGStab(TIGHT, max_steps=1)
+    found = fixed_point(field(W, c), torch.zeros_like(c), Anderson(TIGHT), adjoint=short)
+    with pytest.raises(ConvergenceError, match=r"the adjoint of fixed_point: . of 3 examples.*BiCGStab"):
+        found.value.sum().backward()
+    found = fixed_point(field(W, c), torch.zeros_like(c), Anderson(TIGHT), adjoint=short, throw=False)
+    found.value.sum().backward()
+    assert not found.adjoint[0].converged.all()
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """Live tensors that autograd has saved: two applications of f, however many steps."""
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()  # a node must not hold its own output
+
+    alive = []
+    for steps in (3, 60):
+        saved: list[weakref.ref[Saved]] = []
+
+        def pack(tensor: Tensor, saved: list[weakref.ref[Saved]] = saved) -> Saved:
+            held = Saved(tensor)
+            saved.append(weakref.ref(held))
+            return held
+
+        W, c = problem(radius=0.99)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            found = fixed_point(field(W, c), torch.zeros_like(c), Picard(TIGHT, steps), throw=False)
+        alive.append(sum(ref() is not None for ref in saved))
+        assert found.evaluations == steps + 2
+        del found
+        assert sum(ref() is not None for ref in saved) == 0  # no cycle keeps the graph
+    assert alive[0] == alive[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch.func.jvp's own
+def test_transforms() -> None:
+    W, c = problem(radius=0.6)
+    W, c = W.detach(), c.detach()
+    T = torch.randn_like(W)
+    ours = lambda W: fixed_point(field(W, c), torch.zeros_like(c), Anderson(TIGHT)).value.square().sum()  # noqa: E731
+    slow = lambda W: oracles.unrolled(field(W, c), torch.zeros_like(c)).square().sum()  # noqa: E731
+    grad, vjp, jvp = torch.func.grad, torch.func.vjp, torch.func.jvp
+    for transform in (
+        lambda loss: grad(loss)(W),
+        lambda loss: vjp(loss, W)[1](torch.ones((), dtype=W.dtype))[0],
+        lambda loss: jvp(loss, (W,), (T,))[1],
+        lambda loss: grad(lambda W: (grad(loss)(W) * T).sum())(W),
+        lambda loss: jvp(grad(loss), (W,), (T,))[1],
+        lambda loss: grad(lambda W: jvp(loss, (W,), (T,))[1])(W),
+    ):
+        torch.testing.assert_close(transform(ours), transform(slow), rtol=1e-9, atol=1e-10)
+    for refused in (torch.vmap(ours), torch.vmap(grad(ours))):
+        with pytest.raises(NotImplementedError, match=r"fixed_point does not work under torch\.vmap.*batch there"):
+            refused(torch.stack((W, W)))
+    with pytest.raises(NotImplementedError, match="no jvp inside a jvp"):
+        jvp(lambda W: jvp(ours, (W,), (T,))[1], (W,), (T,))
+
+
+def test_autocast_solves_in_float32() -> None:
+    net = nn.Linear(6, 6)
+    net.weight.data /= 4
+    x = torch.randn(3, 6)
+    plain = fixed_point(lambda y: torch.tanh(net(y)) + x, x, Anderson())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fixed_point(lambda y: torch.tanh(net(y)) + x, x.bfloat16(), Anderson())
+        assert found.value.dtype == torch.float32
+        g = torch.autograd.grad(found.value.sum(), net.weight)[0]
+        assert found.adjoint[0].converged.all()
+    torch.testing.assert_close(found.value, plain.value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(g, torch.autograd.grad(plain.value.sum(), net.weight)[0], rtol=0.02, atol=0.02)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        Anderson(tolerance=1e-3)
+    with pytest.raises(ValueError, match=r"Anderson: tol is 0.0; it is relative"):
+        Anderson(tol=0.0)
+    with pytest.raises(ValueError, match=r"Picard: max_steps is 0; a whole number of at least 1"):
+        Picard(max_steps=0)
+    with pytest.raises(ValueError, match=r"GMRES: restart is 0"):
+        GMRES(restart=0)
+
+
+@pytest.mark.parametrize(
+    ("f", "x0", "error", "text"),
+    [
+        (lambda x: x[:, :2], torch.zeros(2, 3), ValueError, r"must keep shape and precision; it made .* \(2, 2\)"),
+        (lambda x: x.double(), torch.zeros(2, 3), ValueError, "torch.float64"),
+        (lambda x: (x,), torch.zeros(2, 3), TypeError, "must give a tensor; it gave tuple"),
+        (torch.tanh, torch.zeros(2, 3, dtype=torch.long), TypeError, "floating point; it is torch.int64"),
+        (torch.tanh, torch.zeros(()), ValueError, "x0 has no dimensions"),
+        (nn.BatchNorm1d(3), torch.zeros(2, 3), ValueError, "f is a BatchNorm1d in training mode.*group norm"),
+        (nn.Sequential(nn.BatchNorm1d(3)).forward, torch.zeros(2, 3), ValueError, "0 is a BatchNorm1d"),
+        (partial(nn.BatchNorm1d(3)), torch.zeros(2, 3), ValueError, "BatchNorm1d in training mode"),
+        (torch.tanh, torch.zeros(2, 3).bfloat16(), ValueError, r"tol=1.0e-06 is below what torch.bfloat16.*3.9e-02"),
+    ],
+)
+def test_bad_maps_and_starts_are_refused(f: Callable, x0: Tensor, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        inspect.unwrap(fixed_point)(f, x0, Anderson())  # without the tests' own check of the annotations
+
+
+def test_batch_norm_in_a_closure_is_found_and_not_updated() -> None:
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="BatchNorm1d in training mode"):
+        fixed_point(lambda x: norm(x) / 2, torch.zeros(2, 3), Anderson())
+    assert int(norm.num_batches_tracked) == 0
+
+
+def test_a_tolerance_below_machine_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Anderson: tol=1.0e-08 is below what torch.float32 can resolve.*6.0e-07"):
+        fixed_point(torch.tanh, torch.zeros(2, 3), Anderson(1e-8))
+    with pytest.raises(ValueError, match=r"Neumann: tol=1.0e-08"):
+        fixed_point(torch.tanh, torch.zeros(2, 3), Anderson(), adjoint=Neumann(1e-8))
