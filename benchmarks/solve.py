@@ -2,7 +2,7 @@
 
 The block is y = x + (F(x) + F(y)) / 2. F is the worst case of a field with Lipschitz constant 1 (an orthogonal matrix
 on both sides of tanh), the same with 1.8 ("stiff"), or two convolutions of norm 1. Both sides start at x + F(x) in
-float32 and solve to a relative residual of 1e-6; values and gradients are first compared with float64. torchdeq's is its
+float32 and solve to a relative residual of 1e-6; values and gradients are first compared with float64. torchdeq is its
 best solver, found anew on each problem. One thread, processor time (see timing.py).
 """
 
