@@ -34,9 +34,11 @@ lint: .venv/dev
 bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.streams
 	$(ONE) $(BIN)/python -m benchmarks.probes
+	$(ONE) $(BIN)/python -m benchmarks.lipschitz
 	$(ONE) $(BIN)/python -m benchmarks.training
 	$(ONE) $(BIN)/python -m benchmarks.solve
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
+	$(ONE) $(BIN)/python -W ignore -m benchmarks.reversible
 
 clean:
 	rm -rf .venv dist residuum-demo

@@ -332,7 +332,7 @@ def ask_transformer_lens(python: Path | None, pairs: int) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--transformer-lens", type=Path, help="Python of an environment with transformer-lens")
     args = parser.parse_args()
     text, images = Side(partial(forward, decoder)), Side(partial(forward, network))

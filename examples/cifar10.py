@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs=3, default=[5, 5, 5])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--images", type=int, default=12000, help="training images")
-    parser.add_argument("--measured", type=int, default=128, help="test images that are measured")
+    parser.add_argument("--measured", type=int, default=500, help="test images that are measured")
     flags = parser.parse_args()
     data = ["--data", flags.data, *(["--data-root", flags.data_root] if flags.data_root else [])]
     network, probed = flags.out / "network", flags.out / "probe"

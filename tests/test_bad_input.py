@@ -346,7 +346,7 @@ def test_one_bad_block_costs_what_it_spoils_and_is_named(tmp_path: Path, capsys:
         "the states of 20 of 20 examples are not finite, first after block sections.0.1 (section 1) in 20 of them"
         in notes
     )
-    assert "dropping blocks: run except in drop_entry: transitions.0" in notes
+    assert "dropping blocks: blocks inside entries run, except for drop_entry: transitions.0" in notes
     found = pd.read_parquet(out / "profile.parquet")
     assert found[found.quantity == "state_norm"]["count"].tolist() == [20, 20, 0]
     assert not any("at initialisation" in note for note in notes)

@@ -44,7 +44,7 @@ def read(folder: Path, name: str) -> dict[str, object]:
 def test_help_imports_no_torch_and_lists_the_commands() -> None:
     code = "import sys, residuum.cli\ntry: residuum.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "data"]
+    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "stability", "data"]
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "probe"])
@@ -99,6 +99,7 @@ def test_probe_writes_the_result_folder(trained: Path, tmp_path: Path, capsys: p
         assert profiles.load(out / f"{name}.safetensors").examples.tolist() == list(range(30))
     about, numbers = read(out, "provenance.json"), read(out, "indices.json")
     assert about["examples"] == 30
+    assert about["network"]["settings"]["limit"] is None
     assert about["seed"] == 4
     assert about["data"] == "digits"
     assert len(about["data_sha256"]) == 64
@@ -140,7 +141,9 @@ def test_demo_can_be_repeated_and_replaces_only_a_demo(
     command = ["demo", "--epochs", "1", "--limit", "40"]
     for _ in range(2):
         assert main(command) == 0
-        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.OURS - OF_A_COMPARISON
+        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.OURS - OF_A_COMPARISON - {
+            "groups.parquet"
+        }
         assert str(tmp_path / "residuum-demo" / "report.html") in capsys.readouterr().out
     assert main(["probe", str(trained), "--data", "digits", "--out", "mine", "--limit", "10"]) == 0
     assert main([*command, "--out", "mine"]) == 2
@@ -299,17 +302,28 @@ def test_all_probes_at_once(trained: Path, tmp_path: Path) -> None:
         "unroll_1_loss",
         "update_lipschitz",
         "margin",
+        "loss_change",
+        "unroll_0.05_loss",
     } <= quantities
+    groups = pd.read_parquet(out / "groups.parquet")
+    assert set(groups.group) == {"borderline", "correct", "all"}
+    assert {"accuracy", "unroll_1_loss"} <= set(groups.quantity)
     page = (out / "report.html").read_text()
     for title in (
         "updates point downhill on the loss",
         "of the answers are right; with all blocks",
-        "stretches small changes",
+        "Updates stretch small changes",
+        "Run 20 more times",
+        "Run on and on, the last block would",
+        "Leaving out the first blocks",
+        "Is it one repeated step?",
     ):
         assert title in page
     found = json.loads((out / "indices.json").read_text())
     assert {"convergence", "recurrence", "divergence", "drop_gap", "remaining_distance"} <= found["convergence"].keys()
     assert found["initial_convergence"].keys() == found["convergence"].keys()
+    again = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "6", "--force"]
+    assert main(again) == 0  # everything in the folder is known to be ours
 
 
 def test_text_is_read_with_the_tokenizer_that_belongs_to_the_weights(tmp_path: Path) -> None:

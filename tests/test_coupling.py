@@ -1,6 +1,7 @@
 """Soft gradient coupling: between ordinary training and one recurrent block."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 import oracles
 from residuum.data import Splits, load_splits
-from residuum.layers.coupling import Coupling, achieved_sharing, couple_gradients_, mix_weights_
+from residuum.layers.coupling import Coupling, achieved_sharing, couple_gradients_, mix_weights_, tied
+from residuum.layers.lipschitz import Limit
+from residuum.layers.sharing import Sharing, fold
 from residuum.models import ResNet, ResNetConfig
 from residuum.rates import Cosine
 from residuum.training import TrainConfig, train
+from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(3, 2), widths=(4, 8), channels=1)
 
@@ -48,7 +52,7 @@ def test_strength_0_is_ordinary_training_to_the_bit(digits: Splits, couple: str)
     plain, coupled = network(0.5), network(0.5)
     config = TrainConfig(epochs=1, batch=24)
     train(plain, digits, config)
-    train(coupled, digits, config, after_backward=Coupling(0.0, couple).after_backward)
+    train(coupled, digits, replace(config, coupling=Coupling(0.0, couple)))
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(coupled)[name]), name
 
@@ -212,8 +216,8 @@ def test_equal_and_orthogonal_blocks_are_the_ends_of_sharing() -> None:
 
 
 def test_what_is_achieved_stands_in_the_history(digits: Splits) -> None:
-    model, coupling = network(0.0), Coupling(0.9)
-    history = train(model, digits, TrainConfig(epochs=1, batch=24), after_epoch=coupling.after_epoch)
+    model = network(0.0)
+    history = train(model, digits, TrainConfig(epochs=1, batch=24, coupling=Coupling(0.9)))
     found = history[-1]["sharing"]
     assert [len(section["deviations"]) for section in found] == [3, 2]
     whole = sum(p.numel() for p in model.parameters())
@@ -230,6 +234,66 @@ def test_mixed_weights_keep_their_variance() -> None:
     a, b = blocks[0][0].weight.flatten(), blocks[1][0].weight.flatten()
     shared = 0.4**2 / (0.6**2 + 0.4**2)  # the part of the variance that is common
     assert torch.corrcoef(torch.stack([a, b]))[0, 1].item() == pytest.approx(shared, abs=0.02)
+
+
+@pytest.mark.parametrize("couple", ["weights", "all"])
+def test_equal_blocks_are_folded_into_a_loop_that_computes_the_same_bits(digits: Splits, couple: str) -> None:
+    config = ResNetConfig(blocks=(3,), widths=(4,), channels=1, alike=1.0)
+    model = ResNet(config)
+    train(model, digits, TrainConfig(epochs=1, batch=24, coupling=Coupling(1.0, couple)))
+    section = nn.Sequential(*model.sections[0])
+    folded = fold(tied(section, couple=couple))
+    assert len(folded) == 1
+    assert folded[0].times == 3
+    norms = sum(m.weight.numel() + m.bias.numel() for m in section[0].modules() if isinstance(m, nn.BatchNorm2d))
+    size = sum(p.numel() for p in section[0].parameters())
+    assert sum(p.numel() for p in folded.parameters()) == size + (2 * norms if couple == "weights" else 0)
+    h = torch.randn(5, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(folded[0](h), section(h))
+
+
+def test_blocks_that_differ_are_folded_to_their_mean() -> None:
+    blocks = layers(3).double()
+    folded = fold(tied(blocks))
+    expected = torch.stack([block[0].weight for block in blocks]).mean(0)
+    assert torch.allclose(folded[0].block[0].weight, expected, rtol=0, atol=1e-15)
+    assert not torch.equal(blocks[0][0].weight, expected)  # the blocks themselves are left as they are
+
+
+def test_a_network_starts_as_alike_as_it_is_configured() -> None:
+    def likeness(alike: float) -> list[float]:
+        config = ResNetConfig(blocks=(6, 6), widths=(8, 8), channels=1, alike=alike)
+        return [achieved_sharing(blocks)["above_unrelated"] for blocks in ResNet(config, seed=3).sections]
+
+    assert likeness(1.0) == pytest.approx([1, 1])
+    assert likeness(0.0) == pytest.approx([0, 0], abs=0.05)
+    assert likeness(0.5) == pytest.approx([0.5, 0.5], abs=0.08)  # half of the variance is common
+    weights = ResNet(ResNetConfig(blocks=(2,), widths=(64,), alike=0.5)).sections[0][1].conv1.weight
+    assert weights.var().item() == pytest.approx(2 / (9 * 64), rel=0.05)
+    with pytest.raises(ValueError, match=r"alike is 2.0; it must lie in \[0, 1\]"):
+        ResNetConfig(alike=2.0)
+
+
+def test_clipped_norms_are_norms_still() -> None:
+    model = ResNet(ResNetConfig(blocks=(2,), widths=(4,), limit=Limit(1.0, 8)))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    couple_gradients_(model.sections[0], 1.0)
+    first, second = model.sections[0]
+    assert torch.equal(
+        first.conv1.parametrizations.weight.original.grad, second.conv1.parametrizations.weight.original.grad
+    )
+    gammas = [block.norm1.parametrizations.weight.original.grad for block in (first, second)]
+    assert not torch.equal(*gammas)
+
+
+def test_networks_that_cannot_be_coupled_are_refused_before_the_first_step(digits: Splits) -> None:
+    with pytest.raises(ValueError, match="Small has no sections to couple"):
+        train(Small(norm=True), digits, TrainConfig(coupling=Coupling()))
+    shared = ResNet(ResNetConfig(blocks=(3,), widths=(4,), channels=1, sharing=Sharing(free=1)))
+    with pytest.raises(ValueError, match="one and the same or have tied parameters"):
+        train(shared, digits, TrainConfig(coupling=Coupling()))
 
 
 def test_what_cannot_be_coupled_is_refused() -> None:

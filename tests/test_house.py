@@ -19,13 +19,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes"],
+    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
     ["solvers"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
-    ["models", "profiles", "titles", "facts"],
+    ["models", "profiles", "titles", "facts", "stability"],
     ["probes", "nulls", "training", "zoos", "charts"],
-    ["indices", "convergence", "loading", "plots", "curves", "watching"],
+    ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
     ["report"],
     ["results", "flags"],
@@ -156,10 +156,22 @@ def test_help_imports_no_torch() -> None:
 
 COMMON = {"device", "dtype", "batch", "limit", "seed"}
 OPTIONS = {
+    "fold": {"model", "out", "data", "data_root", "norms", "force"} | COMMON,
     "demo": {"out", "epochs", "force"} | COMMON,
     "train": {"out", "data", "data_root", "blocks", "widths", "transition", "head", "epochs", "lr", "rate", "optimiser"}
     | {"momentum", "weight_decay", "clip", "accumulate", "precision", "augment", "shuffle_labels", "watch", "force"}
-    | {"network", "width_factor", "sharing", "free"}
+    | {
+        "network",
+        "width_factor",
+        "sharing",
+        "free",
+        "norm",
+        "couple",
+        "couple_norms",
+        "alike",
+        "lipschitz",
+        "lipschitz_norm",
+    }
     | COMMON,
     "probe": {
         "model",
@@ -177,6 +189,7 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "stability": {"out", "force"},
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
     "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
@@ -199,6 +212,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "stability": flags.Stability,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
         "data digitclutter": flags.DataDigitclutter,

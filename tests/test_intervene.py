@@ -1,5 +1,6 @@
 """Interventions: equal to surgery by hand, evaluated once, right at the edges."""
 
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -206,6 +207,18 @@ def test_a_projection_block_keeps_its_projection() -> None:
         assert torch.equal(measures["drop_entry_agreement"].values[:, column], agrees)
 
 
+def test_the_projection_before_the_first_section_is_kept_too() -> None:
+    config = ResNetConfig(blocks=(3, 2), widths=(4, 8), classes=5, transition="projection", stem=3)
+    model, x, labels = ResNet(config).eval(), torch.randn(9, 3, 8, 8), torch.randint(0, 5, (9,))
+    measures = interventions(drops)(model.cut(x), labels)
+    assert measures["drop_entry_loss"].points == (Point(0, 0), Point(1, 0))
+    twin = copy.deepcopy(model)
+    twin.widen = nn.Sequential(model.widen.skip)
+    losses = nn.functional.cross_entropy(twin(x), labels, reduction="none")
+    assert not torch.allclose(twin(x), model(x))
+    torch.testing.assert_close(measures["drop_entry_loss"].values[:, 0], losses)
+
+
 def test_the_skip_of_a_hooked_projection_block_is_not_known() -> None:
     model = ResNet(ResNetConfig(blocks=(1, 2), widths=(4, 8), transition="projection")).eval()
     assert model.cut(torch.randn(2, 3, 8, 8)).sections[1].skip is model.transitions[0].skip
@@ -216,7 +229,9 @@ def test_the_skip_of_a_hooked_projection_block_is_not_known() -> None:
 def test_blocks_inside_entries_are_named() -> None:
     model = ResNet(ResNetConfig(blocks=(2, 2), widths=(4, 8), transition="projection")).eval()
     stream = model.cut(torch.randn(2, 3, 8, 8))
-    assert interventions(drops)(stream, None)["drop_agreement"].note == "run except in drop_entry: transitions.0"
+    assert interventions(drops)(stream, None)["drop_agreement"].note == (
+        "blocks inside entries run, except for drop_entry: transitions.0"
+    )
     always = "blocks inside entries always run: "
     assert interventions(drops_last)(stream, None)["drop_last_agreement"].note == f"{always}transitions.0"
     foreign, x = MODELS["torchvision resnet18"].build()

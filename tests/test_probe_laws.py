@@ -83,6 +83,8 @@ def test_the_order_and_the_size_of_batches_do_not_matter(family: str, name: str)
     for quantity, found in whole.measures.items():
         assert found.values.isfinite().any(), quantity
         assert split.measures[quantity].points == found.points
+        if quantity.endswith("error"):  # of a converged value nothing but rounding
+            continue
         close(split.measures[quantity].values, found.values, 1e-5, quantity)
         close(turned.measures[quantity].values, found.values[[3, 1, 0, 2]], 1e-5, quantity)
 
@@ -99,13 +101,13 @@ def is_count(name: str) -> bool:
 def test_float32_is_float64_within_its_rounding(family: str, name: str) -> None:
     """Within 2000 roundings of the largest value, which is what a few dozen layers of sums of some hundred terms make.
 
-    Estimates from a fixed number of vector products stop elsewhere when rounded: within 1 %. Their residuals say how
-    far from converged they are and are no quantities of the network.
+    Estimates from a fixed number of vector products stop elsewhere when rounded: within 1 %. Their residuals and
+    errors say how far from converged they are and are no quantities of the network.
     """
     exact, found = measured(family, name), measured(family, name, WHOLE, torch.float32)
     tolerance = 1e-2 if name in SPECTRAL else 2000 * torch.finfo(torch.float32).eps
     for quantity, expected in exact.measures.items():
-        if not quantity.endswith("residual"):
+        if not quantity.endswith(("residual", "error")):
             close(found.measures[quantity].values, expected.values, tolerance, quantity)
 
 
@@ -127,7 +129,8 @@ def widened(stream: Stream) -> Stream:
 
 @pytest.mark.parametrize(("family", "name"), [each for each in EVERY if each[1] not in SPECTRAL])
 def test_bfloat16_models_are_measured_in_float32(family: str, name: str) -> None:
-    """What is found is that of float32 states up to roundings of updates (4) and of the backward's gradients (32).
+    """What is found is that of float32 states up to roundings of updates (4), of the backward's gradients and of 20
+    further steps with scaled updates (32).
 
     Spectral probes multiply with Jacobians in bfloat16; how near they come, tests/test_spectral.py says.
     """
@@ -139,7 +142,7 @@ def test_bfloat16_models_are_measured_in_float32(family: str, name: str) -> None
             found, expected = probe(stream, labels), probe(widened(stream), labels)
     finally:
         model.double()
-    roundings = 32 if name == "gradients" else 4
+    roundings = 32 if name in ("gradients", "unrolls") else 4
     for quantity, values in found.items():
         if is_count(quantity):
             continue

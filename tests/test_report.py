@@ -300,7 +300,7 @@ def test_plain_language(values: dict[str, Value], said: str) -> None:
 
 def test_numbers_as_people_write_them() -> None:
     shown = [readings.percent(v).replace("\u00a0", " ") for v in (0.1234, 1.5, 0.004, 0, -0.02)]
-    assert shown == ["12.3 %", "150 %", "0.40 %", "0.00 %", "\u22122.0 %"]
+    assert shown == ["12.3 %", "150 %", "0.40 %", "0 %", "\u22122.0 %"]
     assert [readings.number(v) for v in (0, 1.23456, 12345.6, 1e-9, -0.5)] == [
         "0",
         "1.23",

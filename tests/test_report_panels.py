@@ -1,15 +1,21 @@
 """The panels of changed networks, gradients, settling and iteration: there when measured, true at the extremes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from folders import HOSTILE, folder
 from measured import ESTIMATE, change, edit, estimates, everything, without
-from residuum import changed, conclusions, panels, report
-from residuum.readings import Value
+from residuum import changed, conclusions, panels, plots, report
+from residuum.models import ResNet, ResNetConfig
+from residuum.probes import drops, interventions, loss_changes
+from residuum.profiles import load, profile
+from residuum.readings import Value, settings, with_error
+from residuum.results import write_profile
 from test_report import charts_of, squeezed, written
 
 PANELS = {
@@ -138,6 +144,57 @@ def test_indices_say_why_they_are_missing(tmp_path: Path) -> None:
     assert found["indices_sections"].rows[0][column] == "undefined: one block only"
 
 
+def test_indices_near_guessing_are_called_unsure(tmp_path: Path) -> None:
+    path = everything(tmp_path / "a")
+    chancy = estimates(3, ESTIMATE | {"undefined_draws": 343})
+    edit(path, "indices.json", initial_convergence=chancy)
+    title = panels.tables([report.read(path)])["indices"].title
+    assert title.startswith("Convergence 0.80, recurrence 0.80, divergence 0.80; at initialisation unsure, too near")
+    edit(path, "indices.json", convergence=chancy)
+    assert panels.tables([report.read(path)])["indices"].title.startswith("The indices of iteration are unsure")
+    other = everything(tmp_path / "b", title="b")
+    assert "unsure in " in panels.tables([report.read(path), report.read(other)])["indices"].title
+
+
+@pytest.mark.parametrize(
+    ("means", "low", "high"), [((0.98, 0.975), 0.88, 0.98), ((0.9, 0.3), 0.3, 0.9), ((0.02, 0.019), 0.0, 0.1)]
+)
+def test_shades_do_not_make_much_of_small_differences(means: tuple[float, ...], low: float, high: float) -> None:
+    cells = {(0, i): Value(mean, 0.0, 9) for i, mean in enumerate(means)}
+    assert plots.heat("k", cells, ["1", "2"], x="x", y="y", label="l")["range"] == pytest.approx([low, high])
+
+
+@pytest.mark.parametrize(
+    ("mean", "stderr", "said"),
+    [
+        (4.7012, 0.0207, "4.701 \u00b1 0.021"),
+        (-1.0, 0.00181, "\u22121.0000 \u00b1 0.0018"),
+        (3.0, 0.0, "3 \u00b1 0"),
+        (1234.5, 20.0, "1,234 \u00b1 20"),
+        (6.4e-9, 1.4e-9, "6.40e\u221209 \u00b1 1.40e\u221209"),
+        (2.0, float("inf"), "2 \u00b1 inf"),
+    ],
+)
+def test_a_mean_has_the_digits_that_its_error_leaves(mean: float, stderr: float, said: str) -> None:
+    assert with_error(Value(mean, stderr, 9)) == said
+
+
+def test_settings_are_written_for_people() -> None:
+    found = settings(
+        {"lr": 0.1, "clip": None, "bias": False, "blocks": [4, 4], "limit": {"rate": "Steps(at=())"}},
+        {"Steps(at=())": "constant"},
+    )
+    assert found == "lr 0.1; bias no; blocks 4, 4; limit (rate constant)"
+
+
+def test_the_page_says_how_the_network_was_limited(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a")
+    assert "bound 0.5" not in written(path).text
+    network = json.loads((path / "provenance.json").read_text())["network"]
+    edit(path, "provenance.json", network=network | {"settings": {"limit": {"bound": 0.5}, "sharing": None}})
+    assert "limit (bound 0.5)" in squeezed(written(path).text)
+
+
 def test_indices_by_agreement_are_shown_where_accuracy_cannot_tell(tmp_path: Path) -> None:
     path = everything(tmp_path / "a", labels=False)
     edit(path, "indices.json", convergence={}, convergence_by_agreement=estimates(3), initial_convergence=None)
@@ -150,17 +207,18 @@ def test_indices_by_agreement_are_shown_where_accuracy_cannot_tell(tmp_path: Pat
 @pytest.mark.parametrize(
     ("quantity", "mean", "key", "said"),
     [
-        ("drop_last_accuracy", 0.95, "ends", "the last blocks costs nothing of right answers"),
-        ("drop_first_accuracy", 0.45, "ends", "the first blocks costs 50.0 points"),
-        ("drop_last_accuracy", 0.99, "ends", "the last blocks gains 4.0 points"),
+        ("drop_last_accuracy", 0.95, "ends", "leaving out the last blocks costs no right answers, on average"),
+        ("drop_first_accuracy", 0.45, "ends", "Leaving out the first blocks costs 50.0 points of right answers"),
+        ("drop_last_accuracy", 0.99, "ends", "leaving out the last blocks gains 4.0 points of right answers"),
         ("repeat_2_accuracy", 0.95, "twice", "12 of 12 blocks can run twice at a cost of no more than one point"),
         ("repeat_2_accuracy", 0.05, "twice", "0 of 12 blocks can run twice"),
         ("drop_accuracy", 0.05, "without", "5.0 % of the answers are right; with all blocks 95.0 %"),
-        ("shuffle_accuracy", 0.95, "order", "the new order costs nothing"),
+        ("shuffle_accuracy", 0.95, "order", "the new order costs no right answers"),
         ("shuffle_accuracy", 0.0, "order", "the new order costs 95.0 points"),
         ("swap_accuracy", 0.05, "swap", "neighbours costs 90.0 points of right answers on average; two blocks 3 apart"),
         ("replace_accuracy", 0.05, "replace", "in a block's place costs 90.0 points"),
-        ("unroll_1_accuracy", 0.95, "unroll", "Run 20 more times, the last block costs nothing"),
+        ("replace_accuracy", 0.95, "replace", "in a block's place costs no right answers on average"),
+        ("unroll_1_accuracy", 0.95, "unroll", "Run 20 more times, the last block costs no right answers"),
         ("unroll_1_accuracy", 1.0, "unroll", "the last block gains 5.0 points"),
         ("unroll_1_loss", 0.1, "unroll_loss", "Over 20 extra steps the loss falls from 0.2 to 0.1"),
         ("unroll_1_loss", 9.0, "unroll_loss", "Over 20 extra steps the loss rises from 0.2 to 9"),
@@ -177,6 +235,9 @@ def test_indices_by_agreement_are_shown_where_accuracy_cannot_tell(tmp_path: Pat
         ("update_lipschitz", 3.0, "stretch", "up to 3 times; 0 of 12 shrink all"),
         ("update_lipschitz_bound", 0.9, "stretch", "12 by proof"),
         ("drifts", 1.0, "settling", "drift for 100 %"),
+        ("accuracy", 0.11, "accuracy", "Early exits tell little: the whole network is right for 11.0"),
+        ("accuracy", 0.2, "accuracy", "the answers are as good as the final ones (20.0"),
+        ("accuracy", 0.5, "curves_accuracy", "0 % at its start, 40.0 % at its end; after the first epoch 40.0 %"),
     ],
 )
 def test_titles_tell_the_truth(tmp_path: Path, quantity: str, mean: float, key: str, said: str) -> None:
@@ -216,6 +277,10 @@ def test_borderline_examples(tmp_path: Path) -> None:
     path = everything(tmp_path / "a")
     assert "The last block takes the 500 borderline examples of 500 from" in titles_of(path)["group_accuracy"]
     frame = pd.read_parquet(path / "groups.parquet")
+    for count, said in ((9, "9 of 500 examples are borderline, too few"), (1, "1 of 500 examples is borderline")):
+        frame.loc[frame["group"] == "borderline", "count"] = count
+        frame.to_parquet(path / "groups.parquet")
+        assert titles_of(path)["group_accuracy"].startswith(said)
     frame.loc[frame["group"] == "borderline", ["mean", "stderr"]] = float("nan")
     frame.to_parquet(path / "groups.parquet")
     assert titles_of(path)["group_accuracy"].startswith("No example is borderline")
@@ -276,7 +341,30 @@ def test_several_networks_are_compared(tmp_path: Path) -> None:
     tables = panels.tables([report.read(one), report.read(two)])
     assert [row[0] for row in tables["settling"].rows][::2] == ["one", "two"]
     assert len(tables["indices"].rows) == 4
+    assert (
+        tables["indices"].title
+        == "Convergence, recurrence, divergence: 0.80, 0.80, 0.80 in one; 0.80, 0.80, 0.80 in two"
+    )
+    assert tables["settling"].title.startswith("Examples for which the last block would settle: 20.0\u00a0% in one and")
+    bounds = {
+        line["name"]: line["hidden"] for line in charts_of(reader)["stretch"]["series"] if "bound" in line["name"]
+    }
+    assert bounds["one: upper bound"] is bounds["two: upper bound"] is False
+    assert bounds["two, at initialisation: upper bound"]
+    several = [replace(report.read(one), label=str(i)) for i in range(5)]
+    assert panels.tables(several)["indices"].title == "How iterative and convergent the networks are"
+    assert panels.tables(several)["settling"].title == "Run on and on, would the last block settle"
 
 
 def test_formulas_have_subscripts_and_stay_text() -> None:
     assert report.subscripts("h_{l+1} = b_l(<x>)") == "h<sub>l+1</sub> = b<sub>l</sub>(&lt;x&gt;)"
+
+
+def test_true_changes_of_the_loss_in_the_table_are_those_of_the_probe(tmp_path: Path) -> None:
+    model = ResNet(ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1)).eval()
+    batches = [(torch.randn(6, 1, 8, 8), torch.arange(6))]
+    write_profile(tmp_path, "profile", profile(model, batches, [interventions(drops)]))
+    expected = profile(model, batches, [loss_changes]).measures["loss_change"]
+    found = load(tmp_path / "profile.safetensors").measures["loss_change"]
+    assert found.points == expected.points
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)

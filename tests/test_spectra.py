@@ -1,6 +1,7 @@
 """Spectra: norms equal dense decompositions, bounds hold, estimates stay below and say how far they are."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from residuum.spectra import (
     Operator,
     batch_norm_norm,
     certificate,
+    guaranteed_norm,
     largest_singular_value,
     linear_part,
     linearise,
+    map_size,
     operator_norm,
-    power_steps,
     spectral_radius,
+    widened,
 )
 
 CONVS = {
@@ -70,25 +73,49 @@ def test_certificates_are_above_the_dense_norm_and_near_it(conv: tuple[nn.Conv2d
     assert float(found.value) <= exact * (1e9 if size == (1, 1) else 2.0)  # tiny maps are mostly border
 
 
-@settings(max_examples=40, deadline=None)
+def test_guaranteed_norms_are_exact_on_small_maps(conv: tuple[nn.Conv2d, tuple[int, int], float]) -> None:
+    module, size, exact = conv
+    found = guaranteed_norm(module, size)
+    assert found.kind == "exact"
+    assert float(found.value) == pytest.approx(exact, rel=1e-10)
+    large = nn.Conv2d(3, 2, 3, padding=1)
+    assert torch.equal(guaranteed_norm(large, (20, 20)).value, certificate(large, (20, 20)).value)
+    assert float(guaranteed_norm(nn.Linear(3, 2)).value) > 0
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    groups=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     step=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(0, 3)),
 )
-def test_certificates_hold_for_any_kernel_size_stride_padding_and_dilation(
-    seed: int, channels: tuple, kernel: tuple, size: tuple, step: tuple
+def test_certificates_hold_for_any_kernel_size_stride_padding_dilation_and_groups(
+    seed: int, groups: int, channels: tuple, kernel: tuple, size: tuple, step: tuple
 ) -> None:
     stride, dilation, padding = step
     extent = [dilation * (k - 1) + 1 for k in kernel]
     if any(n + 2 * padding < e for n, e in zip(size, extent, strict=True)):
         return
     torch.manual_seed(seed)
-    module = nn.Conv2d(*channels, kernel, stride, padding, dilation).double()
+    inner, outer = (groups * n for n in channels)
+    module = nn.Conv2d(inner, outer, kernel, stride, padding, dilation, groups).double()
     exact = float(torch.linalg.svdvals(oracles.conv_matrix(module, size))[0])
     assert float(certificate(module, size).value) >= exact * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_operator_norms_know_how_the_map_is_padded(mode: str) -> None:
+    module = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode=mode).double()
+    exact = float(torch.linalg.svdvals(oracles.conv_matrix(module, (6, 5)))[0])
+    assert float(operator_norm(module, (6, 5)).value) == pytest.approx(exact, rel=1e-6)
+
+
+def test_sizes_of_maps_are_those_of_the_convolution(conv: tuple[nn.Conv2d, tuple[int, int], float]) -> None:
+    module, size, _ = conv
+    assert map_size(module, size) == tuple(module(torch.zeros(2, module.in_channels, *size).double()).shape[2:])
 
 
 def test_the_circular_norm_on_the_map_itself_is_no_bound() -> None:
@@ -132,28 +159,6 @@ def test_operators_are_linear_parts_and_adjoint_to_each_other(conv: tuple[nn.Con
     torch.testing.assert_close(operator.adjoint(u).flatten(), dense.T @ u.flatten())
 
 
-def test_warm_power_steps_keep_up_with_changing_weights() -> None:
-    module = nn.Conv2d(8, 8, 3, padding=1).double()
-    _, _, v = power_steps(linear_part(module, (8, 8)), steps=20)
-    for _ in range(50):
-        with torch.no_grad():
-            module.weight += 0.001 * torch.randn_like(module.weight)
-        found, u, v = power_steps(linear_part(module, (8, 8)), v)
-    exact = float(operator_norm(module, (8, 8)).value)
-    assert found.products == 2
-    assert 0.99 * exact <= float(found.value) <= exact * (1 + 1e-9)
-    assert torch.linalg.vector_norm(u) == pytest.approx(1)
-    assert torch.linalg.vector_norm(v) == pytest.approx(1)
-
-
-def test_the_residual_of_power_steps_is_the_distance_from_a_singular_pair() -> None:
-    A = torch.randn(6, 5).double()
-    _, _, v = power_steps(matrix(A), steps=2)
-    found, u, _ = power_steps(matrix(A), v)
-    size = (A @ v[0]).norm()
-    assert float(found.residual) == pytest.approx(float((A.T @ u[0] - size * v[0]).norm()), rel=1e-9)
-
-
 def test_batch_norms_are_affine_maps_in_eval_mode() -> None:
     norm = nn.BatchNorm2d(3).double()
     norm(torch.randn(8, 3, 4, 4).double())
@@ -181,8 +186,6 @@ def test_bad_input_is_refused() -> None:
         largest_singular_value(operator, products=1)
     with pytest.raises(ValueError, match="products is 0; at least 1"):
         spectral_radius(operator, products=0)
-    with pytest.raises(ValueError, match="steps is 0; at least 1"):
-        power_steps(operator, steps=0)
 
 
 # Krylov methods -------------------------------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ def test_enough_products_give_the_largest_singular_value(seed: int, rows: int, c
     assert float(found.residual) <= 1e-9 * exact
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)  # the error may fail 1 in 1000
 @given(seed=st.integers(0, 2**31), products=st.integers(2, 30))
 def test_few_products_stay_below_and_within_the_residual_of_a_singular_value(seed: int, products: int) -> None:
     torch.manual_seed(seed)
@@ -219,6 +222,38 @@ def test_few_products_stay_below_and_within_the_residual_of_a_singular_value(see
     assert calls == found.products <= products
     assert float(found.value) <= float(exact[0]) * (1 + 1e-12)
     assert float((exact - found.value).abs().min()) <= float(found.residual) * (1 + 1e-9) + 1e-12
+    assert float(exact[0]) <= float(found.value + found.error) * (1 + 1e-12)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)  # it may fail 1 in 1000
+@given(seed=st.integers(0, 2**31), products=st.integers(2, 60), gap=st.floats(1e-4, 0.5), warm=st.booleans())
+def test_the_truth_lies_between_the_estimate_and_its_error(seed: int, products: int, gap: float, warm: bool) -> None:
+    """Also from a start that was found before, here the second vector, which is the worst."""
+    values = torch.linspace(1 - gap, 0, 200).double()
+    values[0] = 1
+    near = torch.eye(200, dtype=torch.float64)[1:2] if warm else None
+    found, _ = largest_singular_value(matrix(torch.diag(values)), near=near, products=products, seed=seed)
+    assert float(found.value) <= 1 + 1e-12
+    assert float(found.value + found.error) * (1 + 1e-12) >= 1
+
+
+def test_errors_shrink_with_products_and_are_not_vacuous() -> None:
+    A = torch.randn(300, 200).double()
+    exact = float(torch.linalg.svdvals(A)[0])
+    found = [largest_singular_value(matrix(A), products=products)[0] for products in (10, 30, 60, 120)]
+    errors = [float(norm.error) / exact for norm in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.1
+    assert errors[-1] < 1e-3
+
+
+def test_a_start_that_has_nothing_of_the_vector_is_the_exception() -> None:
+    """Products alone cannot show what their start has nothing of."""
+    blind = torch.ones(1, 9).double()
+    blind[0, 0] = 0
+    A = torch.diag(torch.tensor([10.0, 5, 4, 3, 2, 1, 1, 1, 1]).double())
+    found, _ = largest_singular_value(Operator(lambda v: (v * blind) @ A, lambda u: (u @ A) * blind, A[:1]))
+    assert float(found.value + found.error) == pytest.approx(5)
 
 
 def test_a_start_near_the_vector_needs_fewer_products() -> None:
@@ -255,6 +290,22 @@ def test_spectral_radii_of_rotations_jordan_blocks_and_nothing() -> None:
     assert float(largest_singular_value(matrix(jordan))[0].value) > 1.3
     nothing = spectral_radius(matrix(torch.zeros(3, 3)))
     assert (float(nothing.value), float(nothing.residual)) == (0, 0)
+
+
+def test_complex_pairs_that_dominate_are_found_with_few_products() -> None:
+    """Power iteration turns forever; Arnoldi's method sees the plane."""
+    turn = 1.3 * torch.tensor([[math.cos(1.0), -math.sin(1.0)], [math.sin(1.0), math.cos(1.0)]])
+    A = torch.block_diag(turn, torch.diag(torch.linspace(-1, 1, 60))).double()
+    basis = torch.eye(62).double() + 0.05 * torch.randn(62, 62).double()
+    A = basis @ A @ torch.linalg.inv(basis)  # not normal
+    found = spectral_radius(matrix(A), products=30)
+    assert float(found.value) == pytest.approx(1.3, rel=1e-3)
+    v = torch.randn(62).double()
+    quotients = []
+    for _ in range(100):
+        v = A @ v / (A @ v).norm()
+        quotients.append(float((v @ A @ v).abs()))
+    assert max(abs(quotient - 1.3) for quotient in quotients[-10:]) > 0.3
 
 
 def test_the_residual_of_the_spectral_radius_is_that_of_an_eigenpair() -> None:
@@ -297,6 +348,24 @@ def test_jacobians_have_the_products_of_the_dense_one() -> None:
             torch.testing.assert_close(J.apply(v)[i], dense @ v[i])
             torch.testing.assert_close(J.adjoint(u)[i], dense.T @ u[i])
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """The same weights in float32 give the same Jacobian; nothing of the module is changed."""
+    net = nn.Sequential(nn.Linear(40, 60), nn.LayerNorm(60), nn.GELU(), nn.Linear(60, 30)).to(dtype)
+    h = torch.randn(2, 40).to(dtype)
+    with torch.no_grad():
+        out, J = linearise(lambda h: torch.cat([net(h), h[:, :1].to(net[0].weight.dtype)], 1), h)
+        single = deepcopy(net).float()
+        expected, K = linearise(lambda h: torch.cat([single(h), h[:, :1]], 1), h.float())
+        assert J.domain.dtype == out.dtype == widened(net)(h).dtype == torch.float32
+        torch.testing.assert_close(out, expected)
+        v, u = torch.randn(2, 40), torch.randn(2, 31)
+        torch.testing.assert_close(J.apply(v), K.apply(v))
+        torch.testing.assert_close(J.adjoint(u), K.adjoint(u))
+    assert net(h).dtype == dtype
+    assert net.double()(h.double()).dtype == widened(net)(h.double()).dtype == torch.float64
 
 
 def test_jacobians_of_constants_and_of_the_identity() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `residuum demo | train | probe | report | data`. What is heavy is imported when a command runs."""
+"""The command line: residuum demo, train, probe, report, fold, stability, data. Heavy imports wait for the command."""
 
 import shlex
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from residuum.flags import Command, DataCommand, Demo, Probe, Report, Train
+from residuum.flags import Command, DataCommand, Demo, Fold, Probe, Report, Stability, Train
 
 ABOUT = "Cut any torch model into its residual stream, and measure what each block does."
 
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Train: commands.train,
             Probe: commands.probe,
             Report: commands.report,
+            Fold: commands.fold,
+            Stability: commands.stability,
             DataCommand: commands.data,
         }
         run[type(flags)](flags, shlex.join(["residuum", *arguments]))

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,9 +18,12 @@ from residuum import report as report_page
 from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
 from residuum.files import new_folder
+from residuum.folding import fold_coupled
 from residuum.indices import depth_advice, indices
+from residuum.layers.coupling import Coupling
+from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import NAIVE, UBN
-from residuum.loading import LoadedModel, load_model, trained_on
+from residuum.loading import LoadedModel, load_model, save_run, trained_on
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.probing import Findings, ProbeConfig, choose
@@ -29,6 +32,7 @@ from residuum.processes import rank
 from residuum.progress import bar
 from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
+from residuum.stability import draw
 from residuum.training import Row, TrainConfig
 from residuum.training import train as train_network
 from residuum.zoos import Reads
@@ -70,7 +74,7 @@ def train(flags: options.Train, command: str) -> None:
     if flags.shuffle_labels:
         data = data._replace(train=data.train.shuffled(seed=common.seed))
     channels, classes = data.train.images.shape[1], len(data.train.classes)
-    network = _network(flags, channels, classes)
+    network = _network(flags, channels, classes, data.train.images.shape[2:])
     config = TrainConfig(
         epochs=flags.epochs,
         batch=common.batch,
@@ -83,6 +87,7 @@ def train(flags: options.Train, command: str) -> None:
         accumulate=flags.accumulate,
         precision=flags.precision,
         augment=flags.augment,
+        coupling=Coupling(flags.couple, "all" if flags.couple_norms else "weights") if flags.couple else None,
         seed=common.seed,
     )
     if rank():
@@ -157,6 +162,57 @@ def report(flags: options.Report, command: str) -> None:
         raise FileExistsError(f"{flags.out} exists; choose another file, or replace it with --force")
     report_page.write(flags.folders, flags.out)
     screen.print(f"report: {flags.out.resolve()}")
+
+
+def stability(flags: options.Stability, command: str) -> None:
+    """Draw phase planes and regions of stability.
+
+    Args:
+        flags: The command's options.
+        command: Not used.
+    """
+    with new_folder(flags.out, replace=flags.force) as folder:
+        draw(folder)
+    screen.print(f"figures: {flags.out.resolve()}")
+
+
+def fold(flags: options.Fold, command: str) -> None:
+    """Fold a network of our own and write it.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed, for the provenance.
+    """
+    start, common = perf_counter(), flags.common
+    loaded = load_model(str(flags.model))
+    if not isinstance(loaded.model, ResNet):
+        raise ValueError(f"{flags.model} is no network of ours; in Python, tied() and fold() take any list of blocks")
+    data = _images(flags.data, flags.data_root, common)
+    model = loaded.model.to(device=find_device(common.device), dtype=_dtype(common))
+    with new_folder(flags.out, replace=flags.force) as folder:
+        found = fold_coupled(model, data, couple="all" if flags.norms else "weights")
+        cost = {
+            "sharing": found.sharing,
+            "parameters": found.parameters,
+            "loss": found.loss,
+            "accuracy": found.accuracy,
+        }
+        training = (loaded.training or {}) | {"folded": cost | {"data": data.test.name, "images": len(data.test)}}
+        preparation, classes = data.train.preparation, loaded.classes or data.train.classes
+        save_run(folder, found.model, preparation=preparation, classes=classes, training=training)
+        now = replace(loaded, model=found.model, weights=f"{loaded.weights}, folded", training=training)
+        title, seconds = f"{flags.out.name}, folded", perf_counter() - start
+        write_provenance(folder, now, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds)
+    alike = ", ".join("one block" if s is None else f"{s:.4f}" for s in found.sharing)
+    screen.print(f"how alike the weights of each section were (1: equal): {alike}")
+    for name, (before, after) in {
+        "parameters": found.parameters,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+    }.items():
+        form = {"parameters": ",", "loss": ".4f", "accuracy": ".1%"}[name]
+        screen.print(f"{name}: {before:{form}} -> {after:{form}}")
+    screen.print(f"network: {flags.out.resolve()}")
 
 
 def data(flags: options.DataCommand, command: str) -> None:
@@ -239,7 +295,7 @@ def _tokenizer(flags: options.Probe) -> Any:
         raise ValueError(f"{flags.model} has no tokenizer for the text: {one_line(error)}") from error
 
 
-def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
+def _network(flags: options.Train, channels: int, classes: int, size: Sequence[int]) -> ResNetConfig:
     """The network that the options of `train` describe."""
     own = {name: getattr(flags, name) for name in ("blocks", "widths", "transition", "head")}
     if flags.network is None:
@@ -249,7 +305,19 @@ def _network(flags: options.Train, channels: int, classes: int) -> ResNetConfig:
         if given:
             raise ValueError(f"--network {flags.network} decides about {', '.join(given)}; leave out one or the other")
         config = network_of(flags.network, channels=channels, classes=classes)
-    config = scaled(config, flags.width_factor)
+    idle = {
+        "--couple-norms needs --couple": flags.couple_norms and not flags.couple,
+        "--lipschitz-norm needs --lipschitz": flags.lipschitz_norm != "clipped" and flags.lipschitz is None,
+        "--free needs --sharing": flags.free != options.Train.free and flags.sharing == "none",
+        "blocks that share their weights cannot be coupled: leave out --couple or --sharing": flags.couple
+        and flags.sharing != "none",
+    }
+    for problem, present in idle.items():
+        if present:
+            raise ValueError(problem)
+    alike = float(flags.couple > 0) if flags.alike is None else flags.alike
+    limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
+    config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)
     if flags.sharing == "none":
         return config
     return replace(config, sharing=replace(UBN if flags.sharing == "ubn" else NAIVE, free=flags.free))

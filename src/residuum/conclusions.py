@@ -6,10 +6,12 @@ from typing import Any
 
 from residuum import changed
 from residuum.changed import by_count, intact, kind
-from residuum.readings import Table, Value, number, percent, place
+from residuum.readings import Table, Value, listed, number, percent, place
 
 Lengths = Sequence[int]
 NAMES = ("convergence", "recurrence", "divergence")
+_FEW = 10  # examples: what happens to fewer is no conclusion
+_LOST = 25  # of 1000 draws: without more of them an interval of 95 % has no end
 
 
 def good(table: Table) -> str:
@@ -23,21 +25,27 @@ def cost(table: Table, values: Iterable[float]) -> float:
     return intact(table, kind(table)).mean - sum(found) / len(found)
 
 
-def costs(lost: float) -> str:
-    """A difference of good answers in words: 0.021 -> "costs 2.1 points"."""
+def costs(lost: float, of: str = "") -> str:
+    """A difference of good answers in words: 0.021 -> "costs 2.1 points of right answers".
+
+    Args:
+        lost: Part of the answers.
+        of: Which answers; "" where the sentence has said it.
+    """
     if abs(lost) < 0.0005:
-        return "costs nothing"
-    return f"{'costs' if lost > 0 else 'gains'} {100 * abs(lost):.1f}\u00a0points"
+        return f"costs no {of}" if of else "costs nothing"
+    return f"{'costs' if lost > 0 else 'gains'} {100 * abs(lost):.1f}\u00a0points" + (f" of {of}" if of else "")
 
 
 def ends(table: Table) -> str:
     """Of the chart of first and last blocks left out."""
     parts = [
-        f"{'first' if name == 'drop_first' else 'last'} blocks {costs(_mean_cost(table, name))}"
+        f"eaving out the {'first' if name == 'drop_first' else 'last'} blocks "
+        + costs(_mean_cost(table, name), good(table))
         for name in ("drop_first", "drop_last")
         if by_count(table, name)
     ]
-    return f"Leaving out the {', the '.join(parts)} of {good(table)} on average over their number"
+    return f"L{', l'.join(parts)}, on average over their number"
 
 
 def shuffled(table: Table) -> str:
@@ -45,14 +53,14 @@ def shuffled(table: Table) -> str:
     values = by_count(table, "shuffle")
     most = {s: max(k for section, k, _ in values if section == s) for s, _, _ in values}
     lost = cost(table, [values[s, k, 1].mean for s, k in most.items()])
-    return f"With all blocks of a section in other places, the new order {costs(lost)} of {good(table)}"
+    return f"With all blocks of a section in other places, the new order {costs(lost, good(table))}"
 
 
 def swapped(table: Table) -> str:
     """Of the chart of pairs exchanged."""
     values = by_count(table, "swap")
     near = cost(table, [value.mean for (_, far, _), value in values.items() if far == 1])
-    text = f"Exchanging two neighbours {costs(near)} of {good(table)} on average"
+    text = f"Exchanging two neighbours {costs(near, good(table))} on average"
     last = max(far for _, far, _ in values)
     if last == 1:
         return text
@@ -68,8 +76,9 @@ def replaced(table: Table, lengths: Lengths) -> str:
             places.setdefault((section, at), []).append(value.mean)
     mean = cost(table, [value for values in places.values() for value in values])
     worst, values = max(places.items(), key=lambda item: cost(table, item[1]))
-    text = f"Another block of its section in a block's place {costs(mean)} of {good(table)} on average"
-    return f"{text}; in the place of block {place(*worst, lengths)} it {costs(cost(table, values))}"
+    text = f"Another block of its section in a block's place {costs(mean, good(table))} on average"
+    most = costs(cost(table, values))
+    return text if most == "costs nothing" else f"{text}; in the place of block {place(*worst, lengths)} it {most}"
 
 
 def unrolled(table: Table, lengths: Lengths) -> str:
@@ -78,7 +87,7 @@ def unrolled(table: Table, lengths: Lengths) -> str:
     end = max(steps)
     lost = steps[0].mean - steps[end].mean
     how = "Run" if scale == "1" else f"With steps of {scale} times their size, run"
-    return f"{how} {end} more times, the last block {costs(lost)} of {good(table)}"
+    return f"{how} {end} more times, the last block {costs(lost, good(table))}"
 
 
 def unrolled_loss(table: Table, lengths: Lengths, exploded: int | None) -> str:
@@ -163,6 +172,18 @@ def settling(table: Table) -> str:
     return f"Run on and on, the last block would {parts} of the examples"
 
 
+def settling_of_many(networks: Sequence[tuple[str, Table]]) -> str:
+    """Of the verdicts on the last blocks of several networks.
+
+    Args:
+        networks: Names and values.
+    """
+    shares = [(name, next(iter(table["settles"].values())).mean) for name, table in networks if "settles" in table]
+    if not 0 < len(shares) <= 4:
+        return "Run on and on, would the last block settle"
+    return f"Examples for which the last block would settle: {listed([f'{percent(v)} in {n}' for n, v in shares])}"
+
+
 def iterative(found: dict[str, Any], others: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Of the table of the three indices.
 
@@ -174,12 +195,40 @@ def iterative(found: dict[str, Any], others: Sequence[tuple[str, dict[str, Any]]
     if not values:
         return f"The indices of iteration are undefined: {undefined(found)}"
     ideal = {"convergence": "1", "recurrence": "1", "divergence": "0"}
-    text = ", ".join(f"{name} {value:.2f}" for name, value in values.items()).capitalize()
+    if _unsure(found, values):
+        text = "The indices of iteration are unsure, too near to guessing"
+    else:
+        text = ", ".join(f"{name} {value:.2f}" for name, value in values.items()).capitalize()
     for words, other in others:
         theirs = [(other.get(name) or {}).get("network") for name in values]
         shown = ", ".join(f"{index['value']:.2f}" if index else "undefined" for index in theirs)
+        if _unsure(other, values):
+            shown = "unsure, too near to guessing"
         text += f"; {words} {shown if any(theirs) else 'undefined'}"
     return f"{text}; a converged iteration has {', '.join(ideal[name] for name in values)}"
+
+
+def _unsure(found: dict[str, Any], names: Iterable[str]) -> bool:
+    """Whether some index has no interval, because too many draws of the examples leave it undefined."""
+    given = [(found.get(name) or {}).get("network") for name in names]
+    return any(index and index.get("undefined_draws", 0) > _LOST for index in given)
+
+
+def iterative_of_many(networks: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Of the table of the three indices of several networks.
+
+    Args:
+        networks: Names and indices.
+    """
+    parts = []
+    for words, found in networks:
+        theirs = [(found.get(name) or {}).get("network") for name in NAMES]
+        if any(theirs):
+            shown = ", ".join(f"{index['value']:.2f}" if index else "undefined" for index in theirs)
+            parts.append(f"{'unsure' if _unsure(found, NAMES) else shown} in {words}")
+    if not 0 < len(parts) <= 4:
+        return "How iterative and convergent the networks are"
+    return f"Convergence, recurrence, divergence: {'; '.join(parts)}"
 
 
 def companions(found: dict[str, Any]) -> str:
@@ -221,6 +270,9 @@ def borderline(groups: dict[str, Table]) -> str:
     count = values[max(values)].count
     start, end = (section_state(values, which).mean for which in (-2, -1))
     total = next(iter(groups["all"]["accuracy"].values())).count
+    if count < _FEW:
+        verb = "is" if count == 1 else "are"
+        return f"{count} of {total} examples {verb} borderline, too few to say what the last blocks do to them"
     return (
         f"The last block takes the {count} borderline examples of {total} from {percent(start)} to {percent(end)} right"
     )
@@ -253,8 +305,9 @@ def learned(rows: Sequence[dict[str, Any]], quantity: str, section: str) -> str:
     }[quantity]
     if last[0] is None or last[-1] is None:
         return f"Over the epochs, {what} of early exits from {section}"
-    start = f"In the end {what} of early exits from {section} go from {show(last[0])} to {show(last[-1])}"
-    return start + (f", after the first epoch to {show(first[-1])}" if first[-1] is not None and len(rows) > 1 else "")
+    start = f"After the last epoch {what} of early exits from {section}: {show(last[0])} at its start"
+    earlier = f"; after the first epoch {show(first[-1])} at its end" if first[-1] is not None and len(rows) > 1 else ""
+    return f"{start}, {show(last[-1])} at its end{earlier}"
 
 
 def power(value: Value) -> Value:

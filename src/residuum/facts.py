@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from residuum import conclusions
 from residuum.folders import Result
-from residuum.readings import Table, Value, number, percent, place, whole
+from residuum.readings import Table, Value, number, percent, place, whole, with_error
 
 INDICES = {
     "convergence": "convergence",
@@ -81,10 +81,13 @@ def of_one(result: Result) -> dict[str, Facts]:
 def of_many(results: Sequence[Result]) -> dict[str, Facts]:
     """The tables that compare results."""
     whole = [(network, found, None, lengths) for network, found, lengths in _networks(results)]
+    own = [(result.label, result.indices.get("convergence") or {}) for result in results]
     return {
-        "indices": _index_table("How iterative and convergent the networks are", INDICES, whole),
+        "indices": _index_table(conclusions.iterative_of_many(own), INDICES, whole),
         "companions": _index_table("The same asked of the path, without errors", COMPANIONS, whole),
-        "settling": _verdicts("Would the last block settle?", _tables(results), ""),
+        "settling": _verdicts(
+            conclusions.settling_of_many([(result.label, result.trained) for result in results]), _tables(results), ""
+        ),
     }
 
 
@@ -194,7 +197,7 @@ def _verdicts(title: str, tables: Sequence[tuple[str, Table]], growth: str) -> F
 def _amount(value: Value, show: Any = number) -> str:
     if show is percent and not value.stderr:
         return whole(value.mean)
-    return f"{show(value.mean)} \u00b1 {show(value.stderr)}"
+    return with_error(value) if show is number else f"{show(value.mean)} \u00b1 {show(value.stderr)}"
 
 
 def _bracket(result: Result) -> Facts:

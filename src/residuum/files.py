@@ -22,12 +22,17 @@ OURS = frozenset(
         "profile.parquet",
         "initial.parquet",
         "shuffled.parquet",
+        "groups.parquet",
         "profile.safetensors",
         "initial.safetensors",
         "shuffled.safetensors",
         "indices.json",
         "provenance.json",
         "report.html",
+        "phase_plane.png",
+        "phase_plane.pdf",
+        "regions.png",
+        "regions.pdf",
     }
 )
 PARTIAL = ".partial-"

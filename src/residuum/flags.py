@@ -63,6 +63,12 @@ class Train:
         sharing: The last blocks of each section use the same weights: naive shares batch norms, too, ubn gives each
             block its own.
         free: With sharing: first blocks of each section that have weights of their own.
+        norm: Norms inside the blocks: batch, group, none.
+        couple: Strength in [0, 1] with which the gradients of each section's blocks are coupled; 1 trains all alike.
+        couple_norms: Couple batch norm, too, and keep one set of statistics: with strength 1 one recurrent block.
+        alike: How alike the blocks of a section start: 0 independent, 1 equal; as alike as can be if coupled.
+        lipschitz: Lipschitz bound on the branch of each block; batch norm is clipped.
+        lipschitz_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -90,6 +96,12 @@ class Train:
     width_factor: float = 1.0
     sharing: Literal["none", "naive", "ubn"] = "none"
     free: int = 5
+    norm: Literal["batch", "group", "none"] = "batch"
+    couple: float = 0.0
+    couple_norms: bool = False
+    alike: float | None = None
+    lipschitz: float | None = None
+    lipschitz_norm: Literal["clipped", "allowed"] = "clipped"
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection", "pool"] = "separate"
@@ -168,6 +180,42 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Put the mean block of each section of a (coupled) network in the place of all, and say what that costs.
+
+    Attributes:
+        model: Folder that train wrote.
+        out: Folder to write: a network that holds each section's weights once.
+        data: Data set whose test images are evaluated, as in train.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        norms: Fold batch norm, too; without it every place keeps its own.
+        force: Replace an existing result folder once the new one is complete.
+        common: Options of every command that runs a network.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
+    out: Path
+    data: str = "digits"
+    data_root: Path | None = None
+    norms: bool = False
+    force: bool = False
+    common: Shared = field(default_factory=Common)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Draw what one step, explicit or implicit, does to a rotation, and where each of them is stable.
+
+    Attributes:
+        out: Folder to write.
+        force: Replace an existing folder of figures.
+    """
+
+    out: Path
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class DataList:
     """List the data sets that have a name, and whether they are on this machine.
 
@@ -241,4 +289,4 @@ class DataCommand:
     what: Data
 
 
-Command = Demo | Train | Probe | Report | Annotated[DataCommand, tyro.conf.subcommand("data")]
+Command = Demo | Train | Probe | Report | Fold | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]

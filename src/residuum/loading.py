@@ -12,6 +12,8 @@ from torch import nn
 
 from residuum.data import Preparation
 from residuum.files import restore_, stored, write_atomically, write_json
+from residuum.layers.anystep import described, rebuilt
+from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import nearest, one_line, unknown
@@ -89,13 +91,20 @@ def save_run(
         preparation: How it reads pixels.
         classes: Names of its outputs.
         training: How it was trained: settings and data, as JSON values.
+
+    Raises:
+        ValueError: If the network is no longer what its configuration makes.
     """
     from safetensors.torch import save_file
 
+    if model.state_dict().keys() != ResNet(model.config).state_dict().keys():
+        raise ValueError(
+            "this network was tied, folded or exported: its weights are no longer those of its configuration"
+        )
     write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,
-        "network": asdict(model.config),
+        "network": asdict(model.config) | {"step": described(model.config.step)},
         "preparation": asdict(preparation),
         "classes": classes,
         "training": training,
@@ -196,9 +205,11 @@ def trained_on(training: dict[str, Any] | None) -> str:
 
 def _network(written: dict[str, Any]) -> ResNetConfig:
     """The network that a config.json describes; what an older one does not say has its default."""
-    sharing = written.get("sharing")
     values = {key: _tupled(value) for key, value in written.items()}
-    return ResNetConfig(**values | {"sharing": None if sharing is None else Sharing(**sharing)})
+    for name, kind in (("sharing", Sharing), ("limit", Limit)):
+        if written.get(name) is not None:
+            values[name] = kind(**written[name])
+    return ResNetConfig(**values | {"step": rebuilt(written.get("step"))})
 
 
 def _tupled(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Networks: our own pre-activation ResNets, which are their stream, and those of P1 by their names."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -8,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from residuum.layers.anystep import Step, branches_of, solves
+from residuum.layers.coupling import mix_weights_
+from residuum.layers.lipschitz import Limit, clip_, limit_
 from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
 from residuum.names import unknown
 from residuum.streams import Block, Section, Stream
@@ -34,6 +39,14 @@ class ResNetConfig:
         norm: "batch"; "group": group norm of 4 groups (fewer where 4 does not divide the width), which needs no
             statistics; "none". Without norms He-normal weights double the variance of the state in every block.
         sharing: Which blocks share their weights; None: each has its own.
+        alike: How alike the weights of a section's blocks start: 0 independent, 1 equal, between them mixtures of own
+            and common weights (`mix_weights_`).
+        relaxed: beta in (0, 1]: the two convolutions and norms are a map G, and a block is `h + beta (G(h) - h)`. With
+            a limit below 1 on G every block is then a contraction (ours). None: the branch is the map itself.
+        limit: Lipschitz limit of the branches of residual blocks (those that change the shape are left alone).
+        step: How the branch f of a residual block becomes the block; None: h + f(h). A step that solves an equation
+            needs norm "group" or "none". A two-state step acts on halves of the channels, its branches are as wide.
+            Blocks that change the shape stay as they are.
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
     sections of 16, 32, 64 channels.
@@ -50,6 +63,10 @@ class ResNetConfig:
     cells: int = 1
     norm: str = "batch"
     sharing: Sharing | None = None
+    alike: float = 0.0
+    relaxed: float | None = None
+    limit: Limit | None = None
+    step: Step | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.widths):
@@ -69,8 +86,22 @@ class ResNetConfig:
                 raise ValueError(f"{name} is {given!r}; allowed are {allowed}")
         if self.transition == "pool" and len({self.first, *self.widths}) > 1:
             raise ValueError(f"transition 'pool' changes no width, but stem and widths are {self.first}, {self.widths}")
+        if self.relaxed is not None and not 0 < self.relaxed <= 1:
+            raise ValueError(f"relaxed is {self.relaxed}; it must lie in (0, 1], or be None")
+        if not 0 <= self.alike <= 1:
+            raise ValueError(f"alike is {self.alike}; it must lie in [0, 1]")
+        if self.alike and self.sharing is not None:
+            raise ValueError("blocks that share their weights need no likeness; leave out sharing or alike")
+        if self.limit is not None and self.norm == "group":
+            raise ValueError("group norm has no Lipschitz constant to limit; use norm 'batch' or 'none'")
+        if self.limit is not None and self.sharing is not None and self.sharing.statistics != self.sharing.affine:
+            raise ValueError(
+                "batch norm that shares one of statistics and affine cannot be clipped; share both or none"
+            )
         if self.sharing is not None:
             self._check(self.sharing)
+        if self.step is not None:
+            self._check_step(self.step)
 
     def _check(self, sharing: Sharing) -> None:
         if max(self.blocks) <= sharing.free:
@@ -79,6 +110,16 @@ class ResNetConfig:
             )
         if self.norm != "batch" and not sharing.naive:
             raise ValueError(f"there is no batch norm to unshare with norm {self.norm!r}; share all of it")
+
+    def _check_step(self, step: Step) -> None:
+        if solves(step) and self.norm == "batch":
+            raise ValueError(
+                f"{type(step).__name__} solves an equation, which batch norm changes; use norm 'group' or 'none'"
+            )
+        if any(width % branches_of(step)[1] for width in self.widths):
+            raise ValueError(f"{type(step).__name__} acts on halves of the channels, but widths are {self.widths}")
+        if self.alike:
+            raise ValueError("alike is for blocks h + f(h); leave out step or alike")
 
     @property
     def first(self) -> int:
@@ -96,8 +137,18 @@ class Residual(nn.Module):
     Source: P2 (Hauser 2019), eq. 13; P1 (Jastrzebski et al. 2018), section 4.
     """
 
-    def __init__(self, width_in: int, width: int, *, stride: int = 1, bias: bool = False, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        *,
+        stride: int = 1,
+        bias: bool = False,
+        norm: str = "batch",
+        relaxed: float | None = None,
+    ) -> None:
         super().__init__()
+        self.relaxed = relaxed
         self.norm1 = _norm(norm, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=bias)
         self.norm2 = _norm(norm, width)
@@ -107,16 +158,23 @@ class Residual(nn.Module):
 
     def branch(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """What the block adds."""
-        return self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        out = self.conv2(_rectified(self.norm2, self.conv1(_rectified(self.norm1, h))))
+        return out if self.relaxed is None else self.relaxed * (out - h)
 
     def as_step(self, name: str) -> Block:
         """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        return Block(name, self, None if hooked else self.branch)
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2) if self.relaxed is None else ()
+        return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
         """The next state."""
         return self.skip(h) + self.branch(h)
+
+
+def _as_step(block: nn.Module, name: str) -> Block:
+    """A block in a stream; of a step of another kind than h + f(h) the update is what it changes."""
+    return block.as_step(name) if isinstance(block, Residual) else Block(name, block)
 
 
 def _norm(kind: str, width: int) -> nn.Module:
@@ -129,6 +187,17 @@ def _rectified(norm: nn.Module, h: Tensor) -> Tensor:
     """`relu(norm(h))`; in place on what the norm gave, which nobody else sees and whose backward does not need it."""
     normalised = norm(h)
     return F.relu(normalised, inplace=normalised is not h)
+
+
+class _Branch(nn.Module):
+    """The branch of a residual block as a module, for steps."""
+
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block.branch(h)
 
 
 class ResNet(nn.Module):
@@ -148,6 +217,8 @@ class ResNet(nn.Module):
             torch.manual_seed(seed)
             self._build()
             self._initialise()
+            if config.limit is not None:
+                self._limit(config.limit)
         self.to(memory_format=torch.channels_last)
 
     def fresh(self, seed: int) -> "ResNet":
@@ -172,10 +243,17 @@ class ResNet(nn.Module):
         inside = int(config.shapes_inside(section))
         length, sharing = config.blocks[section] - inside, config.sharing
         pattern = tuple(range(length)) if sharing is None else sharing.pattern(length, before=inside)
-        blocks = [Residual(width, width, bias=config.bias, norm=config.norm) for _ in set(pattern)]
+        blocks = [self._block(width) for _ in set(pattern)]
         if sharing is None:
             return nn.ModuleList(blocks)
         return share(blocks, pattern, statistics=sharing.statistics, affine=sharing.affine, gamma=sharing.gamma)
+
+    def _block(self, width: int) -> nn.Module:
+        config = self.config
+        count, parts = (1, 1) if config.step is None else branches_of(config.step)
+        part, settings = width // parts, {"bias": config.bias, "norm": config.norm, "relaxed": config.relaxed}
+        residuals = [Residual(part, part, **settings) for _ in range(count)]
+        return residuals[0] if config.step is None else config.step(*map(_Branch, residuals))
 
     def _transition(self, width_in: int, width: int, *, stride: int) -> nn.Module:
         config = self.config
@@ -192,6 +270,28 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+        for blocks in self.sections if self.config.alike else ():
+            common = copy.deepcopy(blocks[0])
+            if self.config.alike < 1:
+                for conv in (common.conv1, common.conv2):
+                    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            for block in blocks:
+                mix_weights_([block], common, self.config.alike)
+
+    def _limit(self, limit: Limit) -> None:
+        size = limit.size
+        for s, section in enumerate(self.sections):
+            if s:
+                size = size // 2 if self.config.transition == "pool" else -(-size // 2)
+            for block in (module for module in section.modules() if isinstance(module, Residual)):
+                for conv in (block.conv1, block.conv2):
+                    if not parametrize.is_parametrized(conv):  # blocks that share have it once
+                        limit_(conv, limit.bound**0.5, (size, size))
+                for norm in (block.norm1, block.norm2) if limit.norm == "clipped" else ():
+                    for part in norm.modules():
+                        if isinstance(part, BATCH_NORMS) and not parametrize.is_parametrized(part):
+                            clip_(part)
+
     def cut(self, x: Float[Tensor, "example channel row column"]) -> Stream:
         """The network as a stream on one batch of images."""
         entries = (self.enter, *self.transitions)
@@ -200,9 +300,12 @@ class ResNet(nn.Module):
             blocks = unrolled(section)
             names = (f"sections.{s}.{i}" for i in range(len(blocks)))
             passed = (f"transitions.{s - 1}" if s else "widen",) if self.config.shapes_inside(s) else ()
-            steps = tuple(block.as_step(name) for name, block in zip(names, blocks, strict=True))
+            steps = tuple(_as_step(block, name) for name, block in zip(names, blocks, strict=True))
+            inner = self.widen if s == 0 else entry
             # With hooks on the block its branch is not what it adds, and its skip not what is left.
-            skip = entry.skip if isinstance(entry, Residual) and entry.as_step("").branch else None
+            skip = inner.skip if isinstance(inner, Residual) and inner.as_step("").branch else None
+            if s == 0 and skip is not None:
+                skip = self._enter_by_skip
             sections.append(Section(f"section {s + 1}", entry, steps, passed, skip))
         return Stream(x, tuple(sections), self.readout)
 
@@ -210,6 +313,9 @@ class ResNet(nn.Module):
         """The stem: one 3x3 convolution, on channels-last memory (about a third faster on processors)."""
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         return h if self.widen is None else self.widen(h)
+
+    def _enter_by_skip(self, x: Tensor) -> Tensor:
+        return self.widen.skip(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
     def readout(self, h: Float[Tensor, "example width row column"]) -> Float[Tensor, "example class"]:
         """Logits from a state of the last section."""

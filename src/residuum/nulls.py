@@ -113,6 +113,10 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
             null = type(model)(copy.deepcopy(model.config)).to(parameters[0])
         else:
             null = _reset(copy.deepcopy(model))
+    if len(list(null.parameters())) != len(parameters):
+        raise NoNullModel(
+            f"there is no null model: this {type(model).__name__} was tied, folded or exported since it was made"
+        )
     for ours, theirs in zip(null.parameters(), parameters, strict=True):
         ours.requires_grad_(theirs.requires_grad)
     null.eval()
@@ -142,9 +146,11 @@ def _reset(model: nn.Module) -> nn.Module:
                 reset()
     left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     if left:
+        computed = "parametrizations" in left[0]
+        why = "are computed by a parametrization" if computed else "belong to modules without reset_parameters"
+        names = ", ".join(left[:3])
         raise NoNullModel(
-            f"there is no null model: {len(left)} parameters of {type(model).__name__} belong to modules without "
-            f"reset_parameters, among them {', '.join(left[:3])}"
+            f"there is no null model: {len(left)} parameters of {type(model).__name__} {why}, among them {names}"
         )
     return model
 

@@ -153,9 +153,9 @@ def _shown(key: str, curves: Sequence[Curve]) -> list[Curve]:
                 name=f"{curve.name}: upper bound",
                 table={"update_lipschitz": curve.table["update_lipschitz_bound"]},
                 style=curve.style + 4,
-                hidden=i > 0,
+                hidden=curve.hidden or curve.fresh,
             )
-            for i, curve in enumerate(curves)
+            for curve in curves
             if "update_lipschitz_bound" in curve.table
         ]
         return [*(replace(c, name=f"{c.name}: from below") if bounds else c for c in curves), *bounds]
@@ -304,7 +304,7 @@ def _groups(result: Result) -> dict[str, Panel]:
             start = {0: values[lengths[last]]} if more and lengths[last] in values else {}
             steps.append(Line(word, style, start | more))
         for key, lines, x, say in (
-            (f"group_{quantity}", blocks, "blocks of the last section that have run", lambda k: f"after block {k}"),
+            (f"group_{quantity}", blocks, "blocks run in the last section", lambda k: f"after block {k}"),
             (f"group_steps_{quantity}", steps, "extra steps of the last block", lambda k: f"{k} extra steps"),
         ):
             chart = plots.plain(key, lines, x=x, label=label, unit=unit, span=span, say=say)

@@ -96,11 +96,18 @@ def heat(
             for r in rows
         ],
         "names": list(names),
+        "range": _shades([value.mean for value in cells.values()]),
         "x": {"title": x},
         "y": {"title": y},
         "label": label,
         "series": [],
     }
+
+
+def _shades(values: Sequence[float]) -> list[float]:
+    """The values of the darkest and of the lightest colour, ten points apart or more: small differences stay light."""
+    most = max(*values, 0.1)
+    return [min(*values, most - 0.1), most]
 
 
 def _amount(value: Value, show: Callable[[float], str]) -> str:

@@ -235,7 +235,15 @@ def probe(
         other = shuffled.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
         kept = {name: probe for name, probe in probes.items() if name not in lost}
         memorised, _, about_memorised = _measure(other, partial(shown, "measuring after shuffled labels"), kept, config)
-    about = (about_input, about_labels, *about_found, _about_outputs(found), _about_entries(found), about_null)
+    about = (
+        about_input,
+        about_labels,
+        _about_limit(model),
+        *about_found,
+        _about_outputs(found),
+        _about_entries(found),
+        about_null,
+    )
     others = [f"at initialisation: {line}" for line in about_initial]
     others += [f"after shuffled labels: {line}" for line in about_memorised]
     notes = (*filter(None, (*about, about_shuffled)), *others)
@@ -376,6 +384,18 @@ def _about_images(loaded: LoadedModel, data: ImageSet, preparation: Preparation,
         whose = "ImageNet's" if config.normalise == "imagenet" else "the network's own"
         done.append(f"standardised with {whose} mean and deviation")
     return f"images: {', '.join(done)}" if done else ""
+
+
+def _about_limit(model: nn.Module) -> str:
+    """What is limited in a network of our own; "" if nothing."""
+    config = getattr(model, "config", None)
+    limit = getattr(config, "limit", None)
+    if limit is None:
+        return ""
+    norms = {"none": "removed"}.get(config.norm, limit.norm)
+    return f"Lipschitz limit {limit.bound:g} on the branch of every block, batch norm {norms}" + (
+        "" if norms != "allowed" else ": the limit holds for the convolutions only"
+    )
 
 
 def _about_outputs(found: Profile) -> str:

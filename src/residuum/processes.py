@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Group:
         if self.size == 1:
             return model
         if next(model.parameters()).device.type == "cuda":
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and is_parametrized(m) for m in model.modules()):
+                raise ValueError("clipped batch norms cannot be synchronised across processes; train in one process")
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model)
 

@@ -311,7 +311,7 @@ def _measure_batch(
 
 def _only(profile: Profile, names: Iterable[str]) -> Profile:
     """Some quantities of a profile."""
-    measures = {name: profile.measures[name] for name in names}
+    measures = {name: profile.measures[name] for name in names if name in profile.measures}
     return replace(profile, measures=measures, about=_remarks(measures))
 
 

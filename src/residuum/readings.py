@@ -1,7 +1,8 @@
 """Numbers in plain language: values, and what a newcomer reads beside a block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import floor, inf, log10
 from typing import NamedTuple
 
 
@@ -64,7 +65,7 @@ class Row:
 def percent(value: float | int) -> str:
     """0.1234 -> "12.3 %" (the space does not break)."""
     part = 100 * value
-    digits = 0 if abs(part) >= 99.95 else 1 if abs(part) >= 0.95 else 2
+    digits = 0 if part == 0 or abs(part) >= 99.95 else 1 if abs(part) >= 0.95 else 2
     return f"{part:.{digits}f}\u00a0%".replace("-", "\u2212")
 
 
@@ -79,6 +80,14 @@ def number(value: float | int) -> str:
         return f"{value:.2e}".replace("-", "\u2212")
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return text.replace("-", "\u2212")
+
+
+def with_error(value: Value) -> str:
+    """A mean to the last digit that its standard error leaves: 1.1312, 0.0181 -> "1.131 ± 0.018"."""
+    digits = 1 - floor(log10(value.stderr)) if 0 < value.stderr < inf else -1
+    if not 0 <= digits <= 6:
+        return f"{number(value.mean)} \u00b1 {number(value.stderr)}"
+    return f"{value.mean:,.{digits}f} \u00b1 {value.stderr:,.{digits}f}".replace("-", "\u2212")
 
 
 def cosine(value: float) -> str:
@@ -176,6 +185,27 @@ def _changes(change: Value | None) -> str:
     if change is None or change.mean < 0.005:
         return ""
     return f"It changes the answer of {percent(change.mean)} of the examples."
+
+
+def settings(values: Mapping[str, object], names: Mapping[str, str]) -> str:
+    """Settings in one line; what is None was not used and is left out: {"lr": 0.1, "clip": None} -> "lr 0.1".
+
+    Args:
+        values: The settings.
+        names: What values are called that have a name.
+    """
+    parts = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            text = f"({settings(value, names)})"
+        elif isinstance(value, list | tuple):
+            text = ", ".join(map(str, value))
+        else:
+            text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else names.get(str(value), str(value))
+        parts.append(f"{name.replace('_', ' ')} {text}")
+    return "; ".join(parts)
 
 
 def shortened(text: str, longest: int) -> str:

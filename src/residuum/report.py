@@ -5,6 +5,7 @@ import re
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from residuum import readings
 from residuum.files import write_atomically
 from residuum.folders import Result, read
 from residuum.panels import many_panels, one_panels, tables
+from residuum.rates import RATES
 from residuum.readings import cosine, listed, number, percent
 
 
@@ -67,6 +69,7 @@ def render(results: Sequence[Result]) -> str:
         "number": number,
         "cosine": cosine,
         "listed": listed,
+        "settings": partial(readings.settings, names={repr(rate): name for name, rate in RATES.items()}),
     }
     parts = Path(__file__).with_name("templates")
     js, plotly = (parts / "report.js").read_text(encoding="utf-8"), get_plotlyjs()

@@ -1,7 +1,7 @@
 """Result folders: what a run found and where it came from, as files that the report reads."""
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,9 @@ def write_provenance(
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
+    network = findings.network if findings else {"class": type(loaded.model).__name__, "sections": []}
+    if isinstance(loaded.model, ResNet):
+        network = network | {"settings": asdict(loaded.model.config)}
     content = {
         "title": title,
         "model": loaded.name,
@@ -159,7 +162,7 @@ def write_provenance(
         "device": str(like.device),
         "dtype": str(like.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
-        "network": findings.network if findings else {"class": type(loaded.model).__name__, "sections": []},
+        "network": network,
         "training": loaded.training,
         "notes": list(findings.notes) if findings else [],
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from residuum.schedules import Schedule, full, path_of, tree_size
 
@@ -20,11 +20,14 @@ class Block:
         name: Where the block stands in the model.
         apply: The whole block, h_l -> h_{l+1}.
         branch: What it adds, h_l -> h_{l+1} - h_l, where the model has it as a function of its own; else None.
+        layers: Modules whose chain is the branch, in their order, with nothing but 1-Lipschitz functions (ReLU) between
+            them: the product of their norms bounds the branch. Empty where the branch is no such chain.
     """
 
     name: str
     apply: Map
     branch: Map | None = None
+    layers: tuple[nn.Module, ...] = ()
 
     def __call__(self, h: Float[Tensor, " example *state"], scale: float = 1.0) -> Float[Tensor, " example *state"]:
         """The next state; with a scale a, `h + a (block(h) - h)`."""

@@ -10,6 +10,7 @@ from residuum.conclusions import bracket, costs, power
 from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
 
 SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
+GUESSING = 0.02  # a network within two points of guessing has no answer that could be there early
 Lengths = Sequence[int]
 
 
@@ -69,7 +70,12 @@ def sums(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
 
 def accuracy(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
     """Of the chart of early exits."""
-    right = percent(trained["accuracy"][max(trained["accuracy"])].mean)
+    final = trained["accuracy"][max(trained["accuracy"])].mean
+    right = percent(final)
+    if "chance" in trained:
+        guess = next(iter(trained["chance"].values())).mean
+        if final - guess <= GUESSING:
+            return f"Early exits tell little: the whole network is right for {right}, guessing for {percent(guess)}"
     good = f"the answers are as good as the final ones ({right} right), within one point"
     late = f"No early exit is as good as the end ({right} right)"
     return _settling(trained, lengths, "accuracy", good, f"{late}: stopping one block early costs more than one point")

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
+from residuum.layers.coupling import Coupling
+from residuum.layers.lipschitz import overshoot
 from residuum.names import unknown
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
@@ -43,6 +46,8 @@ class TrainConfig:
         precision: "float32", or "bfloat16" for the forward pass where torch's autocast allows it; weights, gradients
             and evaluation stay in the network's own format.
         augment: "none", or "crop_flip" for random windows after padding by 4 pixels, and mirror images.
+        coupling: How the gradients of each section's blocks are coupled; None: they are not. The history then says what
+            the coupling has achieved.
         seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
@@ -61,6 +66,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: str = "float32"
     augment: str = "none"
+    coupling: Coupling | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +92,8 @@ class TrainConfig:
 
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return asdict(self) | {"rate": repr(self.rate)}
+        coupling = None if self.coupling is None else asdict(self.coupling) | {"rate": repr(self.coupling.rate)}
+        return asdict(self) | {"rate": repr(self.rate), "coupling": coupling}
 
 
 def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> Float[Tensor, ""]:
@@ -194,6 +201,8 @@ def train(
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
         test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`), seconds, and what
         `after_epoch` returned.
+        For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
+        coupling has achieved.
 
     Raises:
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
@@ -291,6 +300,8 @@ class Job:
                 f"the loss is {value} in epoch {at.epoch + 1}, step {at.step + 1} of {self.count}: "
                 f"training has diverged; try a smaller learning rate than {config.lr:g}"
             )
+        if config.coupling:
+            config.coupling.after_backward(self.model, share)
         if self.after_backward:
             self.after_backward(self.model, share)
         if config.clip is not None:
@@ -313,7 +324,7 @@ class Job:
             weight = len(some) / images
             bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
             with self.group.gradients_wait(self.wrapped, number + 1 < len(parts)):
-                with bf16:
+                with bf16, parametrize.cached():  # limits take one step, however often a block is applied
                     value = self.loss(self.wrapped, some, labels)
                 # Processes' gradients are averaged, so each counts its images as if all processes had as many.
                 (value * (weight * self.group.size)).backward()
@@ -338,7 +349,10 @@ class Job:
             "lr": self.optimiser.param_groups[0]["lr"],
             "train_loss": at.total / len(self.images),
         }
-        return row | {f"test_{name}": value for name, value in found.items()}
+        row |= {f"test_{name}": value for name, value in found.items()}
+        over = overshoot(self.model)
+        row |= {} if over is None else {"overshoot": over}
+        return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
 
 
 def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, group: Group) -> None:
@@ -346,6 +360,8 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
     for split in data:
         if not len(split):
             raise ValueError(f"the {split.split} split of {split.name} has no images")
+    if config.coupling is not None:
+        config.coupling.check(model)
     last = len(data.train) % config.batch or config.batch
     alone = -(-(last // group.size) // config.accumulate)  # images that are normalised together in the last step
     if last < group.size:

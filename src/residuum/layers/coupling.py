@@ -1,5 +1,6 @@
 """Soft gradient coupling: blocks that learn together, from ordinary training to one recurrent block."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residuum.layers.sharing import NORMS, as_list, with_norms
 from residuum.names import unknown
 from residuum.rates import RATES, Rate
 
-Blocks = Sequence[nn.Module] | nn.ModuleList
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+Blocks = Sequence[nn.Module] | nn.ModuleList | nn.Sequential
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,27 @@ class Coupling:
         for strength in self.strength if isinstance(self.strength, tuple) else (self.strength,):
             _check(strength, self.couple, self.reduce)
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a network that cannot be coupled so.
+
+        Raises:
+            ValueError: If it has no `sections`, the strengths are not one per section, or the blocks of a section
+                cannot be coupled.
+        """
+        if not hasattr(model, "sections"):
+            raise ValueError(f"{type(model).__name__} has no sections to couple; call couple_gradients_ on its blocks")
+        self._strengths(model)
+        for blocks in model.sections:
+            if len(blocks) > 1:
+                alike(blocks, self.couple)
+
+    def _strengths(self, model: nn.Module) -> tuple[float, ...]:
+        count = len(model.sections)
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,) * count
+        if len(strengths) != count:
+            raise ValueError(f"coupling has {len(strengths)} strengths, the network {count} sections")
+        return strengths
+
     def after_backward(self, model: nn.Module, share: float) -> None:
         """Couple the gradients of every section: an `after_backward` of `train`.
 
@@ -48,11 +70,7 @@ class Coupling:
         Raises:
             ValueError: If the strengths are not one per section, or the blocks of a section cannot be coupled.
         """
-        sections = list(model.sections)
-        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,) * len(sections)
-        if len(strengths) != len(sections):
-            raise ValueError(f"coupling has {len(strengths)} strengths, the network {len(sections)} sections")
-        for blocks, strength in zip(sections, strengths, strict=True):
+        for blocks, strength in zip(model.sections, self._strengths(model), strict=True):
             if len(blocks) > 1:
                 couple_gradients_(blocks, strength * self.rate(share), couple=self.couple, reduce=self.reduce)
 
@@ -155,6 +173,35 @@ def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: 
                     p /= root
 
 
+def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
+    """Copies of blocks that use one set of weights, the mean of theirs: what coupling led to, as a loop.
+
+    Args:
+        blocks: Blocks of one shape; they are not changed.
+        couple: "weights": each keeps its own normalisation. "all": the blocks become one, its statistics their mean.
+
+    Returns:
+        A list of as many blocks, for `fold`; it computes what the blocks do as far as their weights were equal.
+
+    Raises:
+        ValueError: As `achieved_sharing`.
+    """
+    first = copy.deepcopy(blocks[0])
+    with torch.no_grad():
+        for p, row in zip(_parameters(first, couple).values(), alike(blocks, couple, tied=True), strict=True):
+            p.copy_(_mean(row))
+    if couple == "all":
+        others = copy.deepcopy(list(blocks))
+        _one_statistics_([first, *others][1:])
+        for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
+            ours.copy_(theirs)
+        return as_list([first] * len(blocks))
+    own = (
+        {name: m for name, m in block.named_modules() if isinstance(m, NORMS)} for block in copy.deepcopy(list(blocks))
+    )
+    return as_list(with_norms(first, norms) for norms in own)
+
+
 def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
     """How alike the weights of T blocks are. With W_t all coupled parameters of block t as one vector of length P:
 
@@ -225,8 +272,9 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
     """The parameters of a block that are coupled, by name."""
-    norms = set() if couple == "all" else {name for name, m in block.named_modules() if isinstance(m, _NORMS)}
-    return {name: p for name, p in block.named_parameters() if name.rpartition(".")[0] not in norms}
+    norms = () if couple == "all" else (module for module in block.modules() if isinstance(module, NORMS))
+    left_out = {id(p) for norm in norms for p in norm.parameters()}
+    return {name: p for name, p in block.named_parameters() if id(p) not in left_out}
 
 
 def _one_statistics_(blocks: Blocks) -> None:
@@ -238,9 +286,14 @@ def _one_statistics_(blocks: Blocks) -> None:
         for name in ("running_mean", "running_var"):
             row = [getattr(norm, name, None) for norm in norms]
             if row[0] is not None:
-                mean = torch.stack(row).mean(0)
+                mean = _mean(row)
                 for buffer in row:
                     buffer.copy_(mean)
+
+
+def _mean(row: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors; of equal ones it is the same bits."""
+    return row[0] + (torch.stack(list(row)) - row[0]).mean(0)
 
 
 def _check(strength: float, couple: str, reduce: str) -> None:

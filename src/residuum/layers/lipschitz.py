@@ -1,6 +1,7 @@
 """Lipschitz limits: convolutions and linear maps whose true operator norm does not exceed a bound."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from residuum.spectra import Operator, batch_norm_norm, certificate, largest_singular_value, operator_norm
+from residuum.layers.sharing import BATCH_NORMS
+from residuum.names import unknown
+from residuum.spectra import Operator, guaranteed_norm, largest_singular_value, operator_norm
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
-_NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _TOLERANCE, _PRODUCTS = 1e-3, 400  # in eval mode: relative residual of the norm, most products to reach it
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The Lipschitz limit of the branches of all residual blocks of a network.
+
+    Attributes:
+        bound: c: with two convolutions each is limited to sqrt(c) on maps of the section's size.
+        size: Rows and columns of the images.
+        norm: "clipped": batch norm's affine map is limited to 1, so the branch has the bound c. "allowed": batch norm
+            is left alone, so there is no bound on the branch. Networks without norm have neither.
+
+    Source: P0 (Lippl et al. 2024), Lipschitz constraint; what became of batch norm could not be read.
+    """
+
+    bound: float = 1.0
+    size: int = 32
+    norm: str = "clipped"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bound < float("inf") or self.size < 1:
+            raise ValueError(f"limit: bound is {self.bound} and size {self.size}; they must be above 0")
+        if self.norm not in ("clipped", "allowed"):
+            raise unknown("norm", self.norm, ("clipped", "allowed"))
 
 
 def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = ()) -> None:
@@ -22,10 +48,11 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
 
     sigma is the norm `max |W x| / |x|` of the module as it works: on maps of that size, with its stride, padding,
     dilation and groups. (torch's `spectral_norm` limits the kernel reshaped to a matrix: what it normalises to 1 has a
-    true norm of 1.5 to 3.) In training mode sigma follows the weights by one step of power iteration per forward, so
-    the norm can exceed the bound a little (`limits` says by how much). In eval mode the first use after a change of the
-    weights converges sigma to a residual of 1e-3; after that the norm is at most 1.005 times the bound, and within
-    0.005 of it where the limit is active. A guaranteed bound is what `export` writes.
+    true norm of 1.5 to 3.) In training mode sigma follows the weights by one step of power iteration per forward, under
+    `parametrize.cached()`, as in `train`, also where the module is applied several times; so the norm can exceed the
+    bound a little (`limits` says by how much). In eval mode the first use after a change of the weights converges sigma
+    to a residual of 1e-3; after that the norm is at most 1.005 times the bound, and within 0.005 of it where the limit
+    is active. A guaranteed bound is what `export` writes.
 
     The gradient is that of `<u, W v>` with the singular vectors u and v held constant. The state of the iteration is
     saved with the model.
@@ -70,24 +97,27 @@ class Limited(nn.Module):
             raise ValueError(f"{module} does not run on maps of size {self.size}: {error}") from error
         width = module.in_features if self.settings is None else module.in_channels
         v = torch.randn(1, width, *self.size, generator=torch.Generator().manual_seed(0)).to(module.weight)
-        self.register_buffer("v", _unit(v)[0])
-        self.register_buffer("u", _unit(self._image(module.weight.detach(), self.v))[0])
+        image = self._image(module.weight.detach(), v)
+        u = torch.randn(image.shape, generator=torch.Generator().manual_seed(1)).to(image)
+        self.register_buffer("v", _unit(v, v)[0])
+        self.register_buffer("u", _unit(u, u)[0])
         self.register_buffer("sigma", norm.to(v))
         self.register_buffer("overshoot", torch.ones_like(self.sigma))
-        self.seen: tuple[int, int] | None = None  # the weights for which sigma has converged
+        # Of the weight for which sigma has converged; 0 in training mode.
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self._converge(module.weight)
 
     def forward(self, weight: Float[Tensor, "out inner *kernel"]) -> Float[Tensor, "out inner *kernel"]:
         """The weight within the limit."""
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if self.training:
-                self.v, _ = _unit(self._adjoint(weight, self.u))
-                self.u, self.sigma = _unit(self._image(weight, self.v))
-                self.seen = None
-            elif self.seen != (weight.data_ptr(), weight._version):
-                allowed = self.sigma.clamp_min(self.bound)
+                self.v, _ = _unit(self._adjoint(weight, self.u), self.v)
+                self.u, self.sigma = _unit(self._image(weight, self.v), self.u)
+                self.checksum = torch.zeros_like(self.checksum)
+            elif self.checksum != _checksum(weight):
+                trained, allowed = not self.checksum, self.sigma.clamp_min(self.bound)
                 self._converge(weight)
-                self.overshoot = self.sigma / allowed
+                self.overshoot = self.sigma / allowed if trained else self.overshoot
         return _Scaled.apply(weight, self)
 
     def _converge(self, weight: Tensor) -> None:
@@ -97,8 +127,8 @@ class Limited(nn.Module):
         )
         found, v = largest_singular_value(operator, near=self.v, products=_PRODUCTS, tolerance=_TOLERANCE)
         self.v, self.sigma = v.to(weight), found.value[0].to(weight)
-        self.u, _ = _unit(self._image(weight, self.v))
-        self.seen = (weight.data_ptr(), weight._version)
+        self.u, _ = _unit(self._image(weight, self.v), self.u)
+        self.checksum = _checksum(weight)
 
     def _image(self, weight: Tensor, v: Tensor) -> Tensor:
         return F.linear(v, weight) if self.settings is None else F.conv2d(v, weight, None, *self.settings)
@@ -170,7 +200,7 @@ def clip_(norm: nn.Module, bound: float = 1.0) -> None:
     """
     if not 0 < bound < float("inf"):
         raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
-    if not isinstance(norm, _NORMS) or norm.running_var is None or norm.weight is None:
+    if not isinstance(norm, BATCH_NORMS) or norm.running_var is None or norm.weight is None:
         raise ValueError(f"clip_ needs a batch norm with scale and running variance, given {norm}")
     if parametrize.is_parametrized(norm, "weight"):
         raise ValueError(f"this {type(norm).__name__} is clipped already")
@@ -211,38 +241,25 @@ def limits(model: nn.Module) -> dict[str, dict[str, float | bool]]:
     return found
 
 
-def bound_of(layers: nn.Sequential | list[nn.Module], size: tuple[int, int] | tuple[()] = ()) -> float:
-    """A guaranteed Lipschitz bound of layers one after another in eval mode: the product of their bounds.
-
-    Linear modules: exact norm. Convolutions: `certificate`. Batch norm: its affine map. ReLU, tanh, identity, average
-    pooling without padding: 1. Anything else has no bound here: infinite.
+def overshoot(model: nn.Module) -> float | None:
+    """The largest norm over its bound that limited modules had when training mode ended; None if none is limited.
 
     Args:
-        layers: Modules in the order in which they are applied.
-        size: Rows and columns of the map that the first convolution reads.
+        model: A model in eval mode that has run since.
     """
-    bound = 1.0
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            bound *= float(certificate(_plain(layer, layer.weight), size).value)
-            size = _size_after(layer, size)
-        elif isinstance(layer, nn.Linear):
-            bound *= float(operator_norm(_plain(layer, layer.weight)).value)
-        elif isinstance(layer, _NORMS):
-            bound *= float(batch_norm_norm(layer).value)
-        elif not isinstance(layer, nn.ReLU | nn.Tanh | nn.Identity):
-            return float("inf")
-    return bound
+    found = [float(limit.overshoot) for limit in map(_limit, model.modules()) if limit is not None]
+    return max(found, default=None)
 
 
 def export(model: nn.Module) -> nn.Module:
     """A copy with plain weights, that holds its bounds strictly and that stock torch layers load.
 
-    Every limited weight is divided by its guaranteed norm (`certificate`, exact for nn.Linear) over the bound where
+    Every limited weight is divided by its `guaranteed_norm` over the bound where
     that is above 1, so it can be a few percent smaller than in the model; every clipped scale is written as it works.
 
     Args:
-        model: A model in eval mode; it is left as it is.
+        model: A model in eval mode; it is left as it is. To save a copy of a `ResNet` as a run, also take the limit out
+            of its configuration: `copy.config = replace(copy.config, limit=None)`.
 
     Raises:
         ValueError: If the model is in training mode.
@@ -278,9 +295,7 @@ def _make_plain_(module: nn.Module) -> None:
 def _scale_to_(module: nn.Module, limit: Limited) -> None:
     """Make a plain weight so small that its guaranteed norm is within the bound, rounding included."""
     for _ in range(2):  # the second round takes care of rounding in the first
-        exact = isinstance(module, nn.Linear)
-        norm = operator_norm(module) if exact else certificate(module, limit.size)
-        scale = float(limit.bound / norm.value)
+        scale = float(limit.bound / guaranteed_norm(module, limit.size).value)
         if scale < 1:
             with torch.no_grad():
                 module.weight.mul_(scale * (1 - 2 * torch.finfo(module.weight.dtype).eps))
@@ -293,6 +308,9 @@ def _refuse_larger(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         raise ValueError(
             f"this convolution is limited on maps of size {limited}, given one of {size}; limit it on that"
         )
+
+
+_refuse_larger.only_looks = True  # so that a chain with it still has a bound
 
 
 def _limit(module: nn.Module) -> Limited | None:
@@ -332,12 +350,12 @@ def _settings(conv: nn.Conv2d) -> Settings:
     return conv.stride, (around[2], around[0]), conv.dilation, conv.groups
 
 
-def _size_after(conv: nn.Conv2d, size: tuple[int, ...]) -> tuple[int, ...]:
-    with torch.device("meta"):
-        return tuple(_plain(conv, conv.weight).to("meta")(torch.empty(1, conv.in_channels, *size)).shape[2:])
+def _checksum(weight: Tensor) -> Tensor:
+    """The bits of the weight's Euclidean norm: an integer, which no change of precision or layout touches."""
+    return torch.linalg.vector_norm(weight.detach().contiguous().double()).view(torch.int64)
 
 
-def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v at length 1, and its length."""
+def _unit(v: Tensor, otherwise: Tensor) -> tuple[Tensor, Tensor]:
+    """v at length 1, and its length; something else where v is 0, so that an iteration can go on from it."""
     size = torch.linalg.vector_norm(v)
-    return v / size.clamp_min(torch.finfo(v.dtype).tiny), size
+    return torch.where(size > 0, v / size, otherwise), size

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from residuum.names import unknown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS = ("shared", "unshared")
 
 
@@ -110,7 +111,14 @@ def share(
         for application in made if gamma is not None else ():
             scale_norms_(application, gamma)
         applications[number] = iter(made)
-    return nn.ModuleList(next(applications[number]) for number in pattern)
+    return as_list(next(applications[number]) for number in pattern)
+
+
+def as_list(blocks: Iterable[nn.Module]) -> nn.ModuleList:
+    """The blocks as a list that is in the mode in which they are."""
+    made = nn.ModuleList(blocks)
+    made.training = all(block.training for block in made)
+    return made
 
 
 def _applications(block: nn.Module, times: int, statistics: str, affine: str) -> list[nn.Module]:
@@ -251,8 +259,8 @@ def unrolled(blocks: Iterable[nn.Module]) -> list[nn.Module]:
 def fold(model: nn.Module) -> nn.Module:
     """A copy in which neighbours that share their weights, in any ModuleList or Sequential, are one `Loop`.
 
-    It computes the same bits, and whoever runs the list block by block need not know. Taking blocks of the list by
-    their number gives others than before.
+    The lists must be run one block after the other, each on the state alone: then it computes the same bits, and
+    whoever runs the list need not know. Taking blocks of the list by their number gives others than before.
 
     Args:
         model: A network, or a list of blocks; it is not changed.
@@ -291,7 +299,7 @@ def _tied(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _weights(block: nn.Module) -> list[int]:
-    norms = (module for module in block.modules() if isinstance(module, (*BATCH_NORMS, Affine)))
+    norms = (module for module in block.modules() if isinstance(module, (*NORMS, Affine)))
     of_norms = {id(p) for norm in norms for p in norm.parameters()}
     return [id(p) for p in block.parameters() if id(p) not in of_norms]
 

@@ -210,7 +210,10 @@ def _about_entries(stream: Stream, cases: Sequence[Case]) -> str:
     mostly = [name for s in sorted(skipped) for name in stream.sections[s].passed]
     return "; ".join(
         f"{what}: {', '.join(names)}"
-        for what, names in (("blocks inside entries always run", always), ("run except in drop_entry", mostly))
+        for what, names in (
+            ("blocks inside entries always run", always),
+            ("blocks inside entries run, except for drop_entry", mostly),
+        )
         if names
     )
 

@@ -1,10 +1,11 @@
 """Spectral probes: how much blocks stretch small changes of their state, and whether the last one would settle."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from residuum.probes.passive import norm, origin, ratio, token_mask, unmasked
 from residuum.profiles import Measure, Point, measure
@@ -12,16 +13,22 @@ from residuum.spectra import (
     Map,
     Norm,
     Operator,
-    batch_norm_norm,
-    certificate,
+    chain_bound,
+    in_float32,
     largest_singular_value,
     linearise,
     spectral_radius,
+    widened,
 )
 from residuum.streams import Block, Stream
 
-_BELOW = "estimate from below at the example's state (Golub-Kahan-Lanczos)"
-_ABOVE = "upper bound, for all states; only for blocks made of convolutions, batch norms and ReLU"
+_NOTES = {
+    "lipschitz": "local: at the example's state; estimate from below (Golub-Kahan-Lanczos), see its error",
+    "residual": "relative; some singular value, not always the largest, is at most this far away",
+    "error": "relative; the truth is at most this far above, for all but 1 in 1000 random start vectors",
+    "bound": "upper bound, for all states; only for blocks that are a chain of layers with known norms",
+    "product": "natural logarithm of a product of estimates from below",
+}
 _STRAIGHT = 0.5  # a path that ends farther from its start than this part of its length goes away
 
 
@@ -31,24 +38,32 @@ def lipschitz(stream: Stream, target: Tensor | None, *, products: int = 30, seed
     With the Jacobian J_l of the update f_l at the state h_l of one example, and |.| the largest singular value:
 
     - "update_lipschitz" `|J_l|` and "block_lipschitz" `|1 + J_l|` at every block: the most by which it stretches a
-      small change of its state. Estimates from below; below 1 a block is contractive there. Masked tokens neither
-      change nor count.
-    - "update_lipschitz_residual", "block_lipschitz_residual": residual of the estimate by its value. A singular value
-      lies within it, mostly the largest. 30 products come within 1e-3 on states of some hundred entries, with rare
-      exceptions; on an untrained network with states of 16,384 they fell short by up to 1e-2.
+      small change of its state. Estimates from below; where estimate (1 + error) is below 1 it is contractive.
+      Masked tokens neither change nor count.
+    - "update_lipschitz_error", "block_lipschitz_error": how far above the estimate the truth can be, by its value; it
+      holds for all but 1 in 1000 random start vectors, and is mostly far too pessimistic. 0.01: converged to 1 % or
+      better. An estimate that is not good enough needs more products.
+    - "update_lipschitz_residual", "block_lipschitz_residual": residual of the estimate by its value. Some singular
+      value lies within it, which can be the second.
     - "update_lipschitz_bound" and "block_lipschitz_bound": an upper bound for all states, the product of the norms
-      of the branch's parts, and one more. Nothing for blocks that have none (attention).
+      of the branch's layers, and one more. Nothing for blocks that have none (attention).
     - "log_tail_product" at every state: sum of the logarithms of "block_lipschitz" of the blocks after it, and of the
       same constant of the entries in between, up to the last state. exp of it bounds how much small changes of the
       state grow through the rest of the network, as far as the estimates have converged. Undefined where a
       constant is 0.
 
-    Gradients are on inside. About `products` vectors of the size of the state are kept, so batches should be small.
+    Measured with 30 products, untrained networks of 7 kinds with states of at most 576 entries, 20 seeds: 99 % of the
+    constants within 1e-3 of the full Jacobian's, the worst 2.6e-2 below; 97 % of our own networks' updates. With states
+    of 4,096 to 16,384 most fell short by 1e-3 to 1e-2, one by 2e-2.
+
+    Jacobians are taken in float32 where the network computes in bfloat16 or float16. Gradients are on inside. About
+    `products` vectors of the size of the state are kept, so batches should be small.
 
     Args:
         stream: The stream of one batch.
         target: Not used.
-        products: Vector products with the Jacobian or its transpose per constant; two constants per block.
+        products: Vector products with the Jacobian or its transpose per constant. A block has two; the second starts
+            where the first ended, so it rests on twice as many.
         seed: Of the start vectors, which are the same for all examples.
 
     Source: P0 (Lippl et al. 2024) limits the constants of the update; bound: Gouk et al. (2021), product of the
@@ -79,10 +94,9 @@ def lipschitz(stream: Stream, target: Tensor | None, *, products: int = 30, seed
 
 
 def _measure(name: str, columns: list[Tensor], points: list[Point], update: str) -> Measure:
-    if name == "log_tail_product":
-        return measure(columns, points, "state", note="natural logarithm of a product of estimates from below")
-    note = _ABOVE if name.endswith("bound") else "" if name.endswith("residual") else _BELOW
-    return measure(columns, points, "block", update=update if name.startswith("update") else "", note=note)
+    at = "state" if name == "log_tail_product" else "block"
+    note = _NOTES[name.rsplit("_", 1)[1]]
+    return measure(columns, points, at, update=update if name.startswith("update") else "", note=note)
 
 
 def _tails(growth: list[Tensor], last: Tensor) -> list[Tensor]:
@@ -102,9 +116,9 @@ class _Look:
     def largest(self, operator: Operator, near: Tensor | None = None) -> tuple[Norm, Tensor]:
         """Largest singular value among counted tokens, and its vector."""
         operator = counted(operator, self.mask)
-        found, v = largest_singular_value(operator, near=near, products=self.products, seed=self.seed)
-        value = found.value.masked_fill(_empty(operator.domain, self.mask), torch.nan)
-        return Norm(value, found.kind, found.residual, found.products), v
+        seed = 2 * self.seed + (near is not None)  # other random numbers than those that found `near`
+        found, v = largest_singular_value(operator, near=near, products=self.products, seed=seed)
+        return replace(found, value=found.value.masked_fill(_empty(operator.domain, self.mask), torch.nan)), v
 
     def block(self, block: Block, h: Tensor) -> dict[str, Float[Tensor, " example"]]:
         """The quantities of one block, from one forward of it."""
@@ -113,6 +127,7 @@ class _Look:
             # What the update stretches most, the block stretches much: with that start fewer products suffice.
             found, v = self.largest(operator, v)
             values[f"{name}_lipschitz"] = found.value
+            values[f"{name}_lipschitz_error"] = ratio(found.error, found.value)
             values[f"{name}_lipschitz_residual"] = ratio(found.residual, found.value)
         above = update_bound(block, h)
         if above is not None:
@@ -143,21 +158,11 @@ def counted(operator: Operator, mask: Bool[Tensor, "example token"] | None) -> O
 def update_bound(block: Block, h: Float[Tensor, " example *state"]) -> Norm | None:
     """A bound of a block's update for all states, or None where there is none.
 
-    For pre-activation blocks `W2 relu(N2 W1 relu(N1 h))` in eval mode it is the product of the certificates of W1, W2
-    and the norms of the affine maps N1, N2; ReLU counts 1.
-
     Args:
-        block: The block; it must have its branch and consist of norm1, conv1, norm2, conv2 as our own blocks do.
-        h: Its state, for the size of the map.
+        block: The block, whose `layers` are a chain that `chain_bound` knows.
+        h: Its state, for the size of the maps.
     """
-    parts = dict(block.apply.named_children()) if isinstance(block.apply, nn.Module) else {}
-    norms, convs = [parts.get(f"norm{i}") for i in (1, 2)], [parts.get(f"conv{i}") for i in (1, 2)]
-    known = all(type(n) is nn.BatchNorm2d for n in norms) and all(type(c) is nn.Conv2d for c in convs)
-    if block.branch is None or not known or set(parts) != {"norm1", "conv1", "norm2", "conv2", "skip"}:
-        return None
-    size = tuple(h.shape[2:])
-    factors = [batch_norm_norm(n) for n in norms] + [certificate(c, size) for c in convs]
-    return Norm(torch.stack([factor.value for factor in factors]).prod(), "upper bound")
+    return chain_bound(block.layers, tuple(h.shape[2:])) if block.layers else None
 
 
 def settling(
@@ -186,6 +191,8 @@ def settling(
       way with straightness above 1/2. An update that is constant drifts, though its radius is 1.
     - "marginal": neither; also where the radius and the steps contradict each other.
 
+    Both in float32 where the network computes in bfloat16 or float16, whose rounding ends every approach.
+
     Args:
         stream: The stream of one batch.
         target: Not used.
@@ -204,7 +211,8 @@ def settling(
         raise ValueError(f"settling needs at least 1 further step, given {steps}")
     with torch.no_grad():
         *_, last = stream.walk()
-        block, h = stream.sections[last.section].blocks[last.index], last.after
+        block, h = stream.sections[last.section].blocks[last.index], in_float32(last.after)
+        block = replace(block, apply=widened(block.apply), branch=block.branch and widened(block.branch))
         found = spectral_radius(counted(jacobians(block, h)[1], stream.mask), products=products, seed=seed)
         growth, straightness = (part.double().cpu() for part in _go_on(block, h, stream.mask, steps))
     radius = found.value.masked_fill(_empty(h, stream.mask), torch.nan)

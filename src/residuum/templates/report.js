@@ -52,7 +52,7 @@
   function traces(chart, hidden) {
     var drawn = [];
     if (chart.heat) return [{
-      type: "heatmap", z: chart.heat, x: chart.names, y: chart.names, customdata: chart.hover, hovertemplate: "%{customdata}<extra></extra>",
+      type: "heatmap", z: chart.heat, zmin: chart.range[0], zmax: chart.range[1], x: chart.names, y: chart.names, customdata: chart.hover, hovertemplate: "%{customdata}<extra></extra>",
       hoverongaps: false, colorscale: [[0, "#08306b"], [0.5, "#6baed6"], [1, "#f7fbff"]], xgap: 1, ygap: 1,
       colorbar: { tickformat: "~%", thickness: 12, outlinewidth: 1 },
     }];

@@ -1,0 +1,67 @@
+"""Folding: the blocks of each section as one, and what that costs."""
+
+import copy
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from residuum.data import Splits
+from residuum.layers.coupling import achieved_sharing, tied
+from residuum.layers.sharing import NAIVE, UBN, fold
+from residuum.models import ResNet, count_parameters
+from residuum.training import Loss, evaluate, label_loss
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A network whose sections are loops, and what became of it.
+
+    Attributes:
+        model: The tied network: each weight once, every section's blocks alike; it can be saved as a run.
+        loops: The same as an honest loop: one block and a count per section.
+        sharing: How alike the weights of each section were, 1 for equal (`achieved_sharing`); None for one block.
+        parameters: Numbers of parameters before and after.
+        loss: Mean loss on the test split before and after.
+        accuracy: Accuracy on the test split before and after.
+    """
+
+    model: ResNet
+    loops: nn.Module
+    sharing: tuple[float | None, ...]
+    parameters: tuple[int, int]
+    loss: tuple[float, float]
+    accuracy: tuple[float, float]
+
+
+def fold_coupled(model: ResNet, data: Splits, *, couple: str = "weights", loss: Loss = label_loss) -> Folded:
+    """Turn every section of a coupled network into a loop of its mean block, and measure what that costs.
+
+    Args:
+        model: A network whose blocks have weights of their own, in eval mode; it is not changed.
+        data: The test split is evaluated; the training split says how pixels are prepared.
+        couple: "weights": every application keeps its normalisation. "all": one block with one set of statistics.
+        loss: Loss of a batch.
+
+    Raises:
+        ValueError: If the model is in training mode, shares weights already, or has no section of two blocks.
+
+    Source: P0 (Lippl et al. 2024): a coupled network as a recurrent one; the mean and its cost are ours.
+    """
+    if model.training:
+        raise ValueError("fold_coupled needs model.eval()")
+    if model.config.sharing is not None or max(map(len, model.sections)) < 2:
+        raise ValueError("fold_coupled needs sections of at least 2 blocks with weights of their own")
+    sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=0)
+    new = copy.deepcopy(model)
+    alike = []
+    for s, blocks in enumerate(model.sections):
+        alike.append(achieved_sharing(blocks, couple=couple)["sharing"] if len(blocks) > 1 else None)
+        if len(blocks) > 1:
+            new.sections[s] = tied(blocks, couple=couple)
+    new.config = replace(model.config, sharing=sharing, alike=0.0)
+    before, after = (
+        evaluate(network, data.test, loss=loss, preparation=data.train.preparation) for network in (model, new)
+    )
+    counts = tuple(count_parameters(network, statistics=False) for network in (model, new))
+    both = {name: (before[name], after[name]) for name in ("loss", "accuracy")}
+    return Folded(new, fold(new), tuple(alike), counts, both["loss"], both["accuracy"])
