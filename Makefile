@@ -39,6 +39,8 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -m benchmarks.solve
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.reversible
+	$(ONE) $(BIN)/python -W ignore -m benchmarks.solve
+	$(ONE) $(BIN)/python -m benchmarks.limits
 
 clean:
 	rm -rf .venv dist residuum-demo

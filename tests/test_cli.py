@@ -27,6 +27,7 @@ OF_A_PROBE = {
     "report.html",
 }
 OF_A_COMPARISON = {"shuffled.parquet", "shuffled.safetensors"}
+FIGURES = {f"{name}.{kind}" for name in ("phase_plane", "regions") for kind in ("png", "pdf")}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def read(folder: Path, name: str) -> dict[str, object]:
 def test_help_imports_no_torch_and_lists_the_commands() -> None:
     code = "import sys, residuum.cli\ntry: residuum.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "stability", "data"]
+    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "fold", "stability", "data"]
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "probe"])
@@ -141,7 +142,7 @@ def test_demo_can_be_repeated_and_replaces_only_a_demo(
     command = ["demo", "--epochs", "1", "--limit", "40"]
     for _ in range(2):
         assert main(command) == 0
-        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.OURS - OF_A_COMPARISON - {
+        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.OURS - OF_A_COMPARISON - FIGURES - {
             "groups.parquet"
         }
         assert str(tmp_path / "residuum-demo" / "report.html") in capsys.readouterr().out

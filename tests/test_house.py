@@ -212,6 +212,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "fold": flags.Fold,
         "stability": flags.Stability,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
