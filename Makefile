@@ -36,7 +36,6 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -m benchmarks.probes
 	$(ONE) $(BIN)/python -m benchmarks.lipschitz
 	$(ONE) $(BIN)/python -m benchmarks.training
-	$(ONE) $(BIN)/python -m benchmarks.solve
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.peers
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.reversible
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.solve
