@@ -23,7 +23,6 @@ from residuum.checkpoints import Progress, resume_, save
 from residuum.cli import main as residuum
 from residuum.data import TextSet, TextSplits, load_text, text_batches
 from residuum.files import new_folder
-from residuum.probing import NAMES
 from residuum.progress import bar
 from residuum.vision import import_torchvision
 
@@ -125,8 +124,7 @@ def main() -> None:
         checkpoint.unlink(missing_ok=True)
         print(f"test loss {history[-1]['test_loss']:.3f} nats per character")
     if not probed.exists():
-        probes = [name for name in NAMES if name != "margins"]  # which are of examples with one label
-        measuring = ["--window", WINDOW, "--limit", flags.measured, "--batch", 12, "--probes", *probes]
+        measuring = ["--window", WINDOW, "--limit", flags.measured, "--batch", 12, "--probes", "all"]
         arguments = ["probe", f"hf:{saved}", "--data", flags.text, "--out", probed, *measuring]
         if residuum([str(argument) for argument in arguments]):
             raise SystemExit(2)
