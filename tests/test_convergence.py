@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import oracles_probes as twins
-from residuum.convergence import best_scale, companions, convergence_indices
+from residuum.convergence import _oriented, best_scale, companions, convergence_indices
 from residuum.models import ResNet, ResNetConfig
 from residuum.probes import pairs, passive, perturbation, readouts, update_angle
 from residuum.probes.intervene import (
@@ -52,6 +52,17 @@ class Toy(nn.Module):
 
 def measured(model: nn.Module, x: Tensor, labels: Tensor | None) -> Profile:
     return profile(model.eval(), [(x, labels)], PROBES)
+
+
+def test_the_interval_of_a_gap_near_0_holds_its_estimate() -> None:
+    """The absolute values of draws around 0 would all lie above an estimate of 0."""
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.cat([torch.tensor([[0.0, -0.01]]), 0.1 * torch.randn(500, 2, generator=generator)]).double()
+    turned = _oriented(difference)
+    assert turned[0].tolist() == pytest.approx([0, 0.01])
+    low, high = turned[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    assert (low < turned[0]).all()
+    assert (high > turned[0]).all()
 
 
 def only(found: dict[str, object], name: str) -> float:

@@ -28,7 +28,8 @@ def convergence_indices(
     - "recurrence": 1 - AUC of replacing block t by t', over all pairs. 1 if all blocks do the same.
       "recurrence_shuffle" (k blocks change places) and "recurrence_drop_first" (the first k blocks left out; for equal
       blocks the same as "convergence") are secondary readings.
-    - "drop_gap": |AUC(drop first) - AUC(drop last)|, 0 for equal blocks.
+    - "drop_gap": |AUC(drop first) - AUC(drop last)|, 0 for equal blocks. Its interval is that of the difference in
+      the direction in which it was found; where it reaches below 0 even the direction is not certain.
     - "divergence": AUC of running the last block k more times, k = 1 .. number of blocks (or as many as were
       measured). 0: stable under further iteration; 1: the answer is lost.
 
@@ -82,13 +83,18 @@ def convergence_indices(
         "recurrence": 1 - areas["replace"] if "replace" in areas else None,
         "recurrence_shuffle": 1 - areas["shuffle"] if "shuffle" in areas else None,
         "recurrence_drop_first": 1 - areas["drop_first"] if "drop_first" in areas else None,
-        "drop_gap": (areas["drop_first"] - areas["drop_last"]).abs()
+        "drop_gap": _oriented(areas["drop_first"] - areas["drop_last"])
         if {"drop_first", "drop_last"} <= set(areas)
         else None,
         "divergence": areas.get("unroll_1"),
     }
     errors = {"intact_error": _number(own[0]), "chance_error": _number(chance[0])}
     return {name: sample.index(table) for name, table in found.items() if table is not None} | errors
+
+
+def _oriented(difference: Float64[Tensor, "draw section"]) -> Float64[Tensor, "draw section"]:
+    """Differences turned so that estimates (row 0) are positive; absolute values of draws near 0 would lie above them."""
+    return difference * torch.where(difference[0] < 0, -1.0, 1.0)
 
 
 def companions(profile: Profile, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
