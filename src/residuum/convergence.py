@@ -93,7 +93,7 @@ def convergence_indices(
 
 
 def _oriented(difference: Float64[Tensor, "draw section"]) -> Float64[Tensor, "draw section"]:
-    """Differences turned so that estimates (row 0) are positive; absolute values of draws near 0 would lie above them."""
+    """Differences turned so that estimates (row 0) are positive: absolute values near 0 would lie above them."""
     return difference * torch.where(difference[0] < 0, -1.0, 1.0)
 
 
