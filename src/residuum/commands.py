@@ -124,12 +124,14 @@ def probe(flags: options.Probe, command: str) -> None:
     start, common = perf_counter(), flags.common
     choose(flags.probes)
     device = find_device(common.device)
+    if common.batch < 1:
+        raise ValueError(f"batch is {common.batch}; it must be at least 1")
     text = flags.data.endswith(".txt")
     if text:
-        data = _limited(load_text(Path(flags.data), window=flags.window, tokenizer=_tokenizer(flags)), common)
+        data = load_text(Path(flags.data), window=flags.window, tokenizer=_tokenizer(flags))
     else:
-        data = _images(flags.data, flags.data_root, common)
-    measured = getattr(data, flags.split)
+        data = load_splits(flags.data, flags.data_root)
+    measured = getattr(data, flags.split).take(common.limit, seed=common.seed)  # batch norm is calibrated by all
     settings = ProbeConfig(
         probes=flags.probes,
         blocks=flags.blocks,
@@ -272,14 +274,10 @@ def _dtype(common: options.Common) -> torch.dtype:
 
 
 def _images(name: str, root: Path | None, common: options.Common) -> Splits:
-    return _limited(load_splits(name, root), common)
-
-
-def _limited(data: Splits | TextSplits, common: options.Common) -> Splits | TextSplits:
     """Both splits, each limited."""
     if common.batch < 1:
         raise ValueError(f"batch is {common.batch}; it must be at least 1")
-    return type(data)(*(part.take(common.limit, seed=common.seed) for part in data))
+    return Splits(*(part.take(common.limit, seed=common.seed) for part in load_splits(name, root)))
 
 
 def _tokenizer(flags: options.Probe) -> Any:

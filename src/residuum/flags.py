@@ -15,7 +15,7 @@ class Common:
         device: Where the work is done: auto (cuda if there is one), cpu, cuda, cuda:1, mps.
         dtype: Number format of weights and states.
         batch: Images at a time.
-        limit: Use at most so many images of each split, drawn with the seed.
+        limit: Use at most so many images of each split, drawn with the seed; `probe` limits what is measured only.
         seed: Seed of weights, order and draws.
     """
 

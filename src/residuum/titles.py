@@ -149,7 +149,11 @@ def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     values = list(trained["gradient_cosine"].values())
     down = sum(value.mean < -2 * value.stderr for value in values)
     mean = cosine(mean_of(trained, "gradient_cosine"))
-    return f"{down} of {len(values)} updates point downhill on the loss (mean cosine {mean})"
+    text = f"{down} of {len(values)} updates point downhill on the loss (mean cosine {mean})"
+    if "loss_change" not in trained:
+        return text
+    useful = sum(value.mean < -2 * value.stderr for value in trained["loss_change"].values())
+    return f"{text}; {useful} lower it when the whole block is left in instead of out"
 
 
 def without(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
