@@ -26,6 +26,7 @@ from residuum.training import TrainConfig, train
 from residuum.watching import gradient_ratios, recalibration
 
 FREE = 2
+CLUTTER, CLUTTER_RATE = 40000, 0.1  # images and learning rate with which Digitclutter-3 is learned in four epochs
 SHARINGS: dict[str, Sharing | None] = {
     "unshared": None,
     "naive": replace(NAIVE, free=FREE),
@@ -42,12 +43,12 @@ def network_of(data: Splits, sharing: Sharing | None) -> ResNetConfig:
     return ResNetConfig((6, 6, 6), (8, 16, 32), channels, classes, "projection", bias=True, sharing=sharing)
 
 
-def trained(out: Path, data: Splits, sharing: Sharing | None, epochs: int) -> list[dict]:
+def trained(out: Path, data: Splits, sharing: Sharing | None, epochs: int, lr: float) -> list[dict]:
     """The history of one network, trained unless it is there."""
     if out.exists():
         return json.loads((out / "history.json").read_text())
     network = network_of(data, sharing)
-    config, model = TrainConfig(epochs=epochs, batch=64, lr=0.05), ResNet(network)
+    config, model = TrainConfig(epochs=epochs, batch=64, lr=lr), ResNet(network)
     ratios, again = gradient_ratios(data), recalibration(data)
     growth = norms_at_initialisation(network, data)
     history = train(
@@ -86,10 +87,13 @@ def main() -> None:
     flags = parser.parse_args()
     clutter = flags.out / "digitclutter-3.npz"
     if not clutter.exists() and residuum(
-        ["data", "digitclutter", "--digits", "3", "--n", "20000", "--test", "5000", "--out", str(clutter)]
+        ["data", "digitclutter", "--digits", "3", "--n", str(CLUTTER), "--test", "5000", "--out", str(clutter)]
     ):
         raise SystemExit(2)
-    for name, path, images in (("mnist", "mnist", flags.images), ("clutter", str(clutter), 3 * flags.images)):
+    for name, path, images, epochs, lr in (
+        ("mnist", "mnist", flags.images, flags.epochs, 0.05),
+        ("clutter", str(clutter), CLUTTER, 4, CLUTTER_RATE),
+    ):
         data = Splits(
             *(
                 part.take(min(images, len(part)), seed=0)
@@ -101,7 +105,7 @@ def main() -> None:
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for label, sharing in list(SHARINGS.items())[: None if name == "mnist" else 3]:
             folder = flags.out / f"{name}-{label}".replace(", ", "-").replace(" ", "-")
-            rows = trained(folder, data, sharing, flags.epochs)
+            rows = trained(folder, data, sharing, epochs, lr)
             last, (first, end) = rows[-1], [rows[i]["test_gradient_ratio"] for i in (0, -1)]
             size = count_parameters(ResNet(network_of(data, sharing)), statistics=False)
             accuracies = f"{100 * last['test_accuracy']:.1f} | {100 * last['recalibrated_test_accuracy']:.1f}"
