@@ -29,9 +29,8 @@ ROWS = [
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],
-    ["runs"],
-    ["runindex"],
-    ["commands"],
+    ["runs", "runindex"],
+    ["commands", "runscreen"],
     ["cli"],
 ]
 
@@ -191,6 +190,7 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "runs": {"out", "where", "compare", "csv", "parquet", "rebuild", "force"},
     "stability": {"out", "force"},
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
@@ -214,6 +214,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "runs": flags.Runs,
         "fold": flags.Fold,
         "stability": flags.Stability,
         "data list": flags.DataList,
