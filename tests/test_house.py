@@ -20,7 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
     ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
-    ["solvers"],
+    ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
     ["models", "profiles", "titles", "facts", "stability"],
@@ -28,8 +28,9 @@ ROWS = [
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
     ["report"],
-    ["results", "flags"],
-    ["commands"],
+    ["results", "flags", "runfolders"],
+    ["runs", "runindex"],
+    ["commands", "runscreen"],
     ["cli"],
 ]
 
@@ -189,6 +190,7 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "runs": {"out", "where", "compare", "csv", "parquet", "rebuild", "force"},
     "stability": {"out", "force"},
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
@@ -212,6 +214,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "runs": flags.Runs,
         "fold": flags.Fold,
         "stability": flags.Stability,
         "data list": flags.DataList,
