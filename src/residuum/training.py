@@ -18,6 +18,7 @@ from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
+from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
 from residuum.names import unknown
 from residuum.processes import Group, asked_to_stop, processes
@@ -270,6 +271,7 @@ class Job:
         self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
         self.count = math.ceil(len(data.train) / config.batch)  # steps of an epoch
         model.to(memory_format=torch.channels_last)
+        part_copies_(model)
         self.wrapped = group.wrap(model)
         self.optimiser = make_optimiser(model, config)
 
