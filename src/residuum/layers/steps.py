@@ -393,8 +393,12 @@ def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:
     )
 
 
-def check_pure(branch: nn.Module) -> None:
-    """Refuse a branch that a solver cannot treat as one function of each example.
+def check_pure(branch: nn.Module, what: str = "a solve") -> None:
+    """Refuse a branch that cannot be treated as one function of each example, by a solver or whoever else.
+
+    Args:
+        branch: The branch.
+        what: What wants to treat it so, for the message.
 
     Raises:
         ValueError: If the branch holds batch norm that uses or updates statistics of the batch, or dropout in training
@@ -405,11 +409,11 @@ def check_pure(branch: nn.Module) -> None:
         couples = norm and not isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is None
         if norm and ((module.training and module.track_running_stats) or couples):
             raise ValueError(
-                f"a solve cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
+                f"{what} cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
                 "each evaluation would have its own; use group norm or none, or eval()"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             raise ValueError(
-                f"a solve cannot run {name or 'its branch'}, {type(module).__name__} in training mode: each evaluation "
+                f"{what} cannot run {name or 'its branch'}, {type(module).__name__} in training mode: each evaluation "
                 "would be another function; use it outside of the branch"
             )
