@@ -70,6 +70,19 @@ def test_the_disc_is_reached() -> None:
         assert torch.allclose(J, end * torch.eye(2), atol=0.02)  # limits hold to 0.5 % in eval mode
 
 
+@pytest.mark.parametrize(("activation", "steepest"), [(nn.GELU(), 2**0.5), (nn.SiLU(), 2.3994), (nn.Sigmoid(), 0.0)])
+def test_steep_and_flat_activations_reach_the_disc_and_no_more(activation: nn.Module, steepest: float) -> None:
+    """Where their slopes are largest: those of GELU and SiLU exceed 1."""
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+        linear.bias.fill_(steepest)
+    f = export(Controlled([linear, activation], Spectrum(0.0, 1.0, 3.0, learned=False)).eval()).double()
+    J = oracles.jacobian(f, torch.zeros(1, 2, dtype=torch.float64), 0)
+    assert (2.99 * torch.eye(2) <= J).all()
+    assert J.max() <= 3.0 + ROUNDING
+
+
 def test_convolutions_are_controlled_on_maps_of_their_size() -> None:
     f = Controlled(
         [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)],

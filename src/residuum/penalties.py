@@ -227,7 +227,10 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
         sections: model -> the blocks of each section, in the order in which they run.
 
     Returns:
-        The loss. It raises a ValueError if other blocks have run, and what `terms` raises.
+        The loss.
+
+    Raises:
+        ValueError: From the loss, if other blocks have run than `sections` says, and what `terms` raises.
     """
 
     def with_penalties(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
