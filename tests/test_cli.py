@@ -368,3 +368,15 @@ def test_a_named_network_decides_about_its_shape(tmp_path: Path, capsys: pytest.
     assert "unknown network 'resnt32'; did you mean 'resnet32'" in capsys.readouterr().err
     assert main([*command, "--sharing", "ubn", "--blocks", "1", "1", "1"]) != 0
     assert "nothing is shared" in capsys.readouterr().err
+
+
+def test_penalties_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small = ("--blocks", "2", "--widths", "4", "--penalty", "jacobian:0.5", "variation:0.1", *SHARED[2:])
+    assert main(["train", "--out", str(tmp_path / "run"), "--norm", "group", *small]) == 0
+    penalty = read(tmp_path / "run", "config.json")["training"]["penalty"]
+    assert (penalty["jacobian"], penalty["variation"], penalty["divergence"]) == (0.5, 0.1, 0.0)
+    assert main(["train", "--out", str(tmp_path / "x"), *small]) != 0
+    assert "a penalty cannot run norm1, BatchNorm2d" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert main(["train", "--out", str(tmp_path / "x"), "--penalty", "jacobean:1"]) != 0
+    assert "unknown penalty 'jacobean'; did you mean 'jacobian'" in capsys.readouterr().err

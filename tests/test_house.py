@@ -23,7 +23,7 @@ ROWS = [
     ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
-    ["models", "profiles", "titles", "facts", "stability"],
+    ["models", "profiles", "titles", "facts", "stability", "penalties"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
@@ -172,6 +172,7 @@ OPTIONS = {
         "alike",
         "lipschitz",
         "lipschitz_norm",
+        "penalty",
     }
     | COMMON,
     "probe": {

@@ -28,6 +28,7 @@ from residuum.layers.tableaus import RK4, PartitionedTableau, Tableau
 from residuum.linear import GMRES, BiCGStab, Neumann
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
+from residuum.penalties import Penalty
 from residuum.probes import readouts
 from residuum.probing import CALIBRATION_BATCH
 from residuum.profiles import profile
@@ -54,6 +55,7 @@ CHOICES = {  # built inside the tests: checking annotations draws from Python's 
     "limit": [None, Limit(), Limit(0.5, 8), Limit(norm="allowed")],
     "step": [None, Explicit(0.5), RungeKutta(RK4), Verlet(0.1)],
     "rate": RATES,
+    "penalty": [None, Penalty(variation=0.1)],
     "coupling": [None, Coupling(), Coupling(0.5, rate=Cosine()), Coupling((0.5, 1.0))],
     "data": [DataConfig("mnist"), DataConfig("digits", 5, shuffled=True), CLUTTER],
     "probes": [(), ("pairs",), ("pairs", "drops")],
@@ -112,7 +114,7 @@ FULL = replace(
     TINY,
     model=replace(TINY.model, sharing=UBN, limit=Limit(), blocks=(9, 9)),
     data=replace(CLUTTER, train=5),
-    training=replace(TINY.training, coupling=Coupling(0.5)),
+    training=replace(TINY.training, coupling=Coupling(0.5), penalty=Penalty(magnitude=0.1)),
 )
 OTHER = {
     "model.blocks": (9, 8),
@@ -167,6 +169,15 @@ OTHER = {
     "training.coupling.reduce": "sum",
     "training.coupling.rate": Cosine(),
     "training.coupling.rate.at": ((0.5, 0.1),),
+    "training.penalty": None,
+    "training.penalty.divergence": 0.1,
+    "training.penalty.jacobian": 0.1,
+    "training.penalty.magnitude": 0.2,
+    "training.penalty.variation": 0.1,
+    "training.penalty.power": 1.0,
+    "training.penalty.squashed": False,
+    "training.penalty.probes": 2,
+    "training.penalty.draws": "gaussian",
     "probes": ("pairs",),
     "probe_limit": None,
     "seed": 4,
@@ -242,7 +253,8 @@ def test_a_place_is_one_for_every_working_directory(tmp_path: Path, monkeypatch:
 def test_keys_stay_what_they_are() -> None:
     """A run is found again by its key: one that changes loses every run that was made before."""
     assert TINY.key == "7a536515a10be16a"
-    assert FULL.key == "a325e47ce17b9ab2"
+    assert replace(FULL, training=replace(FULL.training, penalty=None)).key == "a325e47ce17b9ab2"
+    assert FULL.key == "b67ab837179ac209"
     assert Run(ResNetConfig(), DataConfig("mnist")).key == "4ad08df057e52ca9"
 
 
@@ -264,9 +276,11 @@ DEFAULTS = {
     | {"relaxed": None, "limit": None, "step": None},
     TrainConfig: {"epochs": 20, "batch": 64, "lr": 0.1, "rate": STEPS_RATE, "optimiser": "sgd", "momentum": 0.9}
     | {"clip": None, "weight_decay": 1e-4, "accumulate": 1, "precision": "float32", "augment": "none"}
-    | {"coupling": None, "seed": 0},
+    | {"coupling": None, "penalty": None, "seed": 0},
     Sharing: {"free": 5, "statistics": "unshared", "affine": "unshared", "gamma": 0.1, "everywhere": False},
     Limit: {"bound": 1.0, "size": 32, "norm": "clipped"},
+    Penalty: {"divergence": 0.0, "jacobian": 0.0, "magnitude": 0.0, "variation": 0.0, "power": 0.0, "squashed": True}
+    | {"probes": 1, "draws": "signs"},
     Coupling: {"strength": 1.0, "couple": "weights", "reduce": "mean", "rate": {"kind": "Steps", "at": []}},
     ClutterConfig: {"digits": 3, "debris": "none", "grey": "float", "seed": 0},
     Steps: STEPS_RATE,

@@ -26,6 +26,7 @@ from residuum.layers.sharing import NAIVE, UBN
 from residuum.loading import LoadedModel, load_model, save_run, trained_on
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
+from residuum.penalties import penalty_of
 from residuum.probing import Findings, ProbeConfig, choose
 from residuum.probing import probe as probe_network
 from residuum.processes import rank
@@ -88,6 +89,7 @@ def train(flags: options.Train, command: str) -> None:
         precision=flags.precision,
         augment=flags.augment,
         coupling=Coupling(flags.couple, "all" if flags.couple_norms else "weights") if flags.couple else None,
+        penalty=penalty_of(flags.penalty),
         seed=common.seed,
     )
     if rank():

@@ -69,6 +69,8 @@ class Train:
         alike: How alike the blocks of a section start: 0 independent, 1 equal; as alike as can be if coupled.
         lipschitz: Lipschitz bound on the branch of each block; batch norm is clipped.
         lipschitz_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
+        penalty: Added to the loss, as name:weight: divergence, jacobian, magnitude (of what each block adds), variation
+            (of the weights from block to block). All but the last need norm group or none.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -102,6 +104,7 @@ class Train:
     alike: float | None = None
     lipschitz: float | None = None
     lipschitz_norm: Literal["clipped", "allowed"] = "clipped"
+    penalty: tuple[str, ...] = ()
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection", "pool"] = "separate"

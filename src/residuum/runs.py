@@ -21,6 +21,7 @@ from residuum.layers.coupling import Coupling
 from residuum.loading import NETWORK, LoadedModel, trained_on
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import unknown
+from residuum.penalties import Penalty
 from residuum.probing import ProbeConfig, choose
 from residuum.probing import probe as probe_network
 from residuum.profiles import Profile, load
@@ -282,7 +283,7 @@ class Run:
                 checkpoint.unlink()
 
 
-_KINDS = (Run, DataConfig, TrainConfig, *NETWORK, Coupling, Steps, Cosine, ClutterConfig)
+_KINDS = (Run, DataConfig, TrainConfig, *NETWORK, Coupling, Penalty, Steps, Cosine, ClutterConfig)
 
 
 @dataclass(frozen=True)

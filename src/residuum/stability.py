@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 from residuum.files import write_atomically
+from residuum.layers.controlled import Spectrum
+from residuum.layers.steps import Explicit, Theta
 from residuum.layers.tableaus import Tableau
 from residuum.names import unknown
 
@@ -56,6 +58,41 @@ def inverse_amplification(r: Numbers, *, theta: float) -> Numbers:
     _check_theta(theta)
     with np.errstate(divide="ignore"):
         return np.divide(1 - r, (1 - r) * theta - 1)
+
+
+def spectrum_of(
+    step: Theta | Explicit, low: float, middle: float, high: float, *, learned: bool = True, reach: float = 10.0
+) -> Spectrum:
+    """The spectrum of a branch with which a step amplifies by what lies in the disc with the diameter [low, high].
+
+    R maps the disc between R^-1(low) and R^-1(high) onto that one, so eigenvalues lambda of the branch's Jacobian with
+    dt lambda in the first have R(dt lambda) in the second. With a `Controlled` branch more holds: a linear one makes
+    `|step - (low + high) / 2| <= (high - low) / 2`, and for low >= 0 no step, linear or not, brings two states nearer
+    to each other than by the factor low, or moves them apart by more than the factor high.
+
+    Args:
+        step: The step that the branch is for.
+        low: Smallest real part of an amplification, above -(1 - theta) / theta, which R reaches at infinity.
+        middle: In [low, high]: the amplification to whose place the learned disc can shrink.
+        high: Largest real part of an amplification.
+        learned: As of `Spectrum`.
+        reach: What would be further away than this is clipped: dt lambda lies in [-reach, reach].
+
+    Raises:
+        ValueError: If the three are not in this order, or low is not above -(1 - theta) / theta.
+
+    Source: P3 (Reshniak & Webster), extended version, with a reach of 10; von Neumann's inequality for what holds
+    beyond eigenvalues.
+    """
+    theta = step.theta if isinstance(step, Theta) else 0.0
+    least = -(1 - theta) / theta if theta else -np.inf
+    if not least < low <= middle <= high:
+        raise ValueError(
+            f"spectrum_of: low is {low}, middle {middle}, high {high}; they must be in this order, and for theta = "
+            f"{theta:g} above {least:g}, which no finite spectrum reaches"
+        )
+    z = inverse_amplification(np.array([low, middle, high]), theta=theta).clip(-reach, reach) / step.dt
+    return Spectrum(*map(float, sorted(z)), learned=learned)
 
 
 def amplification_of(tableau: Tableau, z: Numbers) -> Complex[np.ndarray, "*shape"]:

@@ -18,13 +18,14 @@ from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
+from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
 from residuum.names import unknown
+from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
 
 Row = dict[str, Any]  # one epoch of a history
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 EVALUATION_BATCH = 500
 
 
@@ -48,6 +49,8 @@ class TrainConfig:
         augment: "none", or "crop_flip" for random windows after padding by 4 pixels, and mirror images.
         coupling: How the gradients of each section's blocks are coupled; None: they are not. The history then says what
             the coupling has achieved.
+        penalty: What is added to the loss in training, for networks of ours; None: nothing. For other networks give
+            `train` a loss that `penalised` has made.
         seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
@@ -67,6 +70,7 @@ class TrainConfig:
     precision: str = "float32"
     augment: str = "none"
     coupling: Coupling | None = None
+    penalty: Penalty | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -198,9 +202,9 @@ def train(
         checkpoint_seconds: Longest time between two writings.
 
     Returns:
-        One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then),
-        test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`), seconds, and what
-        `after_epoch` returned.
+        One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then, with
+        the penalty if there is one), test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see
+        `evaluate`), seconds, and what `after_epoch` returned.
         For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
         coupling has achieved.
 
@@ -263,7 +267,8 @@ class Job:
         after_backward: Callable[[nn.Module, float], None] | None,
         progress: Callable[[int, str], None] | None,
     ) -> None:
-        self.model, self.data, self.config, self.loss, self.group = model, data, config, loss, group
+        self.model, self.data, self.config, self.group = model, data, config, group
+        self.loss = loss if config.penalty is None else penalised(config.penalty, loss)
         self.after_backward, self.progress = after_backward, progress
         _check(model, data, config, loss, group)
         like = next(model.parameters())
@@ -271,6 +276,7 @@ class Job:
         self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
         self.count = math.ceil(len(data.train) / config.batch)  # steps of an epoch
         model.to(memory_format=torch.channels_last)
+        part_copies_(model)
         self.wrapped = group.wrap(model)
         self.optimiser = make_optimiser(model, config)
 

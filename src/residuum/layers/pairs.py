@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from residuum.layers.held import check_still, held
 from residuum.names import unknown
 
 State = Float[Tensor, "example *shape"]
@@ -47,15 +48,19 @@ class PairBlock(nn.Module):
         Raises:
             ValueError: If the number of channels is odd.
         """
-        return torch.cat(self.step.forth(*halves(h), self.branches), 1)
+        with held(self.branches):
+            return torch.cat(self.step.forth(*halves(h), self.branches), 1)
 
     def inverse(self, h: State) -> State:
         """The state before the one that is given.
 
         Raises:
-            ValueError: If the number of channels is odd.
+            ValueError: If the number of channels is odd, or weights of a branch are limited and in training mode, so
+                that each use changes them.
         """
-        return torch.cat(self.step.back(*halves(h), self.branches), 1)
+        check_still(self.branches)
+        with held(self.branches):
+            return torch.cat(self.step.back(*halves(h), self.branches), 1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from residuum.layers.held import Weights
 from residuum.layers.implicit import LightRecord, is_light
 from residuum.layers.replays import Key, Record
 
@@ -47,11 +48,11 @@ def reversible(blocks: Iterable[nn.Module], *, tolerance: float = 1e-4, spacing:
     """A stack of blocks that trains with a number of stored states that hardly grows with its depth.
 
     `h -> block_n(.. block_1(h))`, with the gradients, buffers and random numbers of `nn.Sequential(*blocks)`: batch
-    norm counts each step once, dropout is drawn again. In the backward `block.inverse` rebuilds the states from the
-    last one. Stored are that, the first, and anchors every `spacing` blocks, from which rebuilding starts anew. At each
-    of them the rebuilt state is compared with the stored one. In the first backward and every hundredth, a second state
-    close by is rebuilt as well, which measures how the inverses amplify rounding. What exceeds the tolerance is
-    refused.
+    norm counts each step once, dropout is drawn again, limited weights move once. In the backward `block.inverse`
+    rebuilds the states from the last one. Stored are that, the first, and anchors every `spacing` blocks, from which
+    rebuilding starts anew. At each of them the rebuilt state is compared with the stored one. In the first backward and
+    every hundredth, a second state close by is rebuilt as well, which measures how the inverses amplify rounding. What
+    exceeds the tolerance is refused.
 
     Args:
         blocks: Modules with `forward(h)` and `inverse(h)` of one tensor; the user's own as well. Parameters and values
@@ -150,9 +151,14 @@ class _Path:
         self.place, self.kept = -1, {}  # the block whose tensors are at hand, and they
         self.rebuilt: tuple[int, Tensor] | None = None
         self.errors: _Errors | None = None
+        self.weights = Weights(stack)
 
     def forward(self, h: Tensor) -> Tensor:
         """The state after all blocks."""
+        with self.weights.used():
+            return self._forward(h)
+
+    def _forward(self, h: Tensor) -> Tensor:
         depth = len(self.stack.blocks)
         for place, block in enumerate(self.stack.blocks):
             record = LightRecord(block, h) if is_light(block) else Record(block, h)
@@ -172,7 +178,8 @@ class _Path:
                 "where they come from; use eval mode or nn.Sequential for them"
             )
         if place != self.place or key not in self.kept:
-            self._rebuild(place)
+            with self.weights.used():
+                self._rebuild(place)
         return self.kept[key]
 
     def _state(self, place: int) -> Tensor:

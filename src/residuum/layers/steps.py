@@ -4,8 +4,7 @@ A step is a frozen value, `step(branch)` the block. Blocks know nothing of the t
 it as a channel of the state whose slope is 1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from residuum.layers.held import check_still, held
 from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
 from residuum.linear import GMRES, LinearSolver
@@ -148,7 +148,9 @@ class ThetaBlock(nn.Module):
 
         Raises:
             ConvergenceError: If the equation was not solved; it can be where (1 - theta) dt Lip(f) < 1.
+            ValueError: If weights of the branch are limited and in training mode, so that each use changes them.
         """
+        check_still(self.branch)
         return _theta_step(self.step.inverse, self.branch, h, throw=True).value
 
 
@@ -160,7 +162,7 @@ def _theta_step(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solut
     if step.param_grad == "truncated" and any(map(parametrize.is_parametrized, branch.modules())):
         raise ValueError("param_grad 'truncated' needs a branch of plain weights; this one has parametrized ones")
     wide = _wide(h)
-    with torch.autocast(h.device.type, enabled=False), _held(branch):
+    with torch.autocast(h.device.type, enabled=False), held(branch):
         return _solved_theta(step, branch, wide, throw)
 
 
@@ -276,15 +278,19 @@ class RungeKuttaBlock(nn.Module):
             ConvergenceError: With throw, if some example was not solved.
             ValueError: If a branch in a solve is not one function of each example, or channels cannot be halved.
         """
-        return _runge_kutta_step(self.step, self.branches, h, throw)
+        with held(self.branches):
+            return _runge_kutta_step(self.step, self.branches, h, throw)
 
     def inverse(self, h: State) -> State:
         """The state before the one that is given, by the adjoint method with -dt.
 
         Raises:
             ConvergenceError: If its slopes were not found to the tolerance.
+            ValueError: If weights of a branch are limited and in training mode, so that each use changes them.
         """
-        return _runge_kutta_step(self.step.inverse, self.branches, h, throw=True).value
+        check_still(self.branches)
+        with held(self.branches):
+            return _runge_kutta_step(self.step.inverse, self.branches, h, throw=True).value
 
 
 def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, throw: bool) -> Solution:
@@ -298,8 +304,7 @@ def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, thro
     if sequence is None:
         for branch in branches:
             check_pure(branch)
-        with _held(branches):
-            solution = _solved_slopes(step, branches, tuple(map(_wide, starts)), needs, throw)
+        solution = _solved_slopes(step, branches, tuple(map(_wide, starts)), needs, throw)
         slopes = solution.value.unbind(1)
     else:
         slopes = _slopes_in_turn(sequence, step.dt, branches, starts, needs)
@@ -375,16 +380,6 @@ def _wide(h: Tensor) -> Tensor:
     return h.float() if torch.is_autocast_enabled(h.device.type) else h
 
 
-@contextmanager
-def _held(branch: nn.Module) -> Iterator[None]:
-    """Parametrized weights are computed once, with their gradients: each look in training mode may change them."""
-    with parametrize.cached():
-        for module in branch.modules():
-            for name in module.parametrizations if parametrize.is_parametrized(module) else ():
-                getattr(module, name)
-        yield
-
-
 def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:
     """What needed no solver."""
     count = len(value)
@@ -398,8 +393,12 @@ def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:
     )
 
 
-def check_pure(branch: nn.Module) -> None:
-    """Refuse a branch that a solver cannot treat as one function of each example.
+def check_pure(branch: nn.Module, what: str = "a solve") -> None:
+    """Refuse a branch that cannot be treated as one function of each example, by a solver or whoever else.
+
+    Args:
+        branch: The branch.
+        what: What wants to treat it so, for the message.
 
     Raises:
         ValueError: If the branch holds batch norm that uses or updates statistics of the batch, or dropout in training
@@ -410,11 +409,11 @@ def check_pure(branch: nn.Module) -> None:
         couples = norm and not isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is None
         if norm and ((module.training and module.track_running_stats) or couples):
             raise ValueError(
-                f"a solve cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
+                f"{what} cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
                 "each evaluation would have its own; use group norm or none, or eval()"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
             raise ValueError(
-                f"a solve cannot run {name or 'its branch'}, {type(module).__name__} in training mode: each evaluation "
+                f"{what} cannot run {name or 'its branch'}, {type(module).__name__} in training mode: each evaluation "
                 "would be another function; use it outside of the branch"
             )

@@ -1,0 +1,80 @@
+"""Parametrized weights held still: each look at one in training mode may change it, as limits follow their norms."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+class Weights:
+    """The parametrized weights of a module, looked at once, with their gradients.
+
+    Args:
+        module: The module; within `parametrize.cached()` what has been looked at already is taken.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        part_copies_(module)
+        with parametrize.cached():
+            self.values = {
+                (id(part), name): getattr(part, name)
+                for part in module.modules()
+                if parametrize.is_parametrized(part)
+                for name in part.parametrizations
+            }
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Whoever looks at them within gets these values, also later, when a look would give others."""
+        with parametrize.cached():
+            before = {key: parametrize._cache[key] for key in self.values if key in parametrize._cache}
+            parametrize._cache.update(self.values)
+            try:
+                yield
+            finally:
+                for key in self.values:
+                    parametrize._cache.pop(key)
+                parametrize._cache.update(before)
+
+
+def held(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it the parametrized weights of a module are computed once, however often it runs."""
+    return Weights(module).used()
+
+
+def part_copies_(module: nn.Module) -> None:
+    """Make `parametrize.cached()` right for parametrized modules that are deep copies of each other.
+
+    torch gives a parametrized module a class of its own, which its deep copies share, and whose properties keep what is
+    cached under the identity of the first module: within `cached()` all copies would have the weight of whichever was
+    looked at first, and its parameters would get their gradients. Here each gets a class of its own. Nothing else
+    changes.
+    """
+    for part in module.modules():
+        if parametrize.is_parametrized(part) and vars(type(part)).get("_of") != id(part):
+            part.__class__ = type(part).__bases__[0]
+            parametrize._inject_new_class(part)
+            for name in part.parametrizations:
+                parametrize._inject_property(part, name)
+            type(part)._of = id(part)  # which stays its own: the properties keep the module alive
+
+
+def check_still(module: nn.Module) -> None:
+    """Refuse to invert what is no longer what ran forwards.
+
+    Raises:
+        ValueError: If a parametrized weight keeps a state that each look changes: it has buffers, is in training mode,
+            and nothing holds it still.
+    """
+    if parametrize._cache_enabled:
+        return
+    for name, part in module.named_modules():
+        chains = part.parametrizations.items() if parametrize.is_parametrized(part) else ()
+        for weight, chain in chains:
+            if chain.training and next(chain.buffers(), None) is not None:
+                raise ValueError(
+                    f"inverse: {'.'.join(filter(None, (name, weight)))} changes each time it is used in training mode, "
+                    "as limits do, so the forward had another one; use eval(), reversible(), or run forward and "
+                    "inverse within one torch.nn.utils.parametrize.cached()"
+                )
