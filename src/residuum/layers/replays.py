@@ -270,7 +270,7 @@ def _branches(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:
-    """All modules of a block, as `block.modules()`, which makes up their names as well and takes three times as long."""
+    """All modules of a block. `block.modules()` makes up their names as well, and takes three times as long."""
     found = {block: None}
     todo = [block]
     while todo:
