@@ -74,6 +74,28 @@ def revlib(blocks: list[nn.Module]) -> nn.Module:
     return revlib.ReversibleSequential(*[copy.deepcopy(b) for block in blocks for b in block.branches])
 
 
+class TheirMomentum(nn.Module):
+    """momentumnet's network of the same branches, whose speed begins at 0; half as many channels."""
+
+    def __init__(self, blocks: list[nn.Module], *, store: bool) -> None:
+        super().__init__()
+        from momentumnet import MomentumNet
+
+        branches = [copy.deepcopy(block.branches[0]) for block in blocks]
+        self.net = MomentumNet(branches, gamma=blocks[0].step.gamma, use_backprop=store)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.net(h[:, :8])
+
+
+def stores(blocks: list[nn.Module]) -> nn.Module:
+    return TheirMomentum(blocks, store=True)
+
+
+def forgets(blocks: list[nn.Module]) -> nn.Module:
+    return TheirMomentum(blocks, store=False)
+
+
 PEERS: dict[str, Stack] = {"memcnn": memcnn, "revlib": revlib}
 
 
@@ -123,8 +145,8 @@ def gradients(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([p.grad.double().flatten() for p in ordered])
 
 
-def gradient_error(make: Stack, blocks: list[nn.Module]) -> str:
-    exact = gradients(plain(copy.deepcopy(blocks)).double(), images().double())
+def gradient_error(make: Stack, blocks: list[nn.Module], true: Stack = plain) -> str:
+    exact = gradients(true(copy.deepcopy(blocks)).double(), images().double())
     try:
         found = gradients(make(blocks), images())
     except DriftError as error:
@@ -146,7 +168,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     pairs = parser.parse_args().pairs
     peers = {name: make for name, make in PEERS.items() if find_spec(name)}
-    missing = sorted(PEERS.keys() - peers.keys())
+    missing = [name for name in (*PEERS, "momentumnet") if not find_spec(name)]
     sides: dict[str, Stack] = {"plain": plain, "ours": reversible, **peers}
     print("| couplings | states at depth 8, 64 | states per block | batch-norm updates | gradient error 8, 64, 256 |")
     print("| --- | --- | --- | --- | --- |")
@@ -162,6 +184,9 @@ def main() -> None:
     for gamma in (None, 0.9, 0.5):
         errors = ", ".join(gradient_error(reversible, momenta(gamma, depth)) for depth in (8, 64, 256))
         print(f"| ours, momentum, gamma {gamma or '1 - 1 / (50 depth)'} | | | | {errors} |", flush=True)
+        if find_spec("momentumnet"):
+            errors = ", ".join(gradient_error(forgets, momenta(gamma, depth), stores) for depth in (8, 64, 256))
+            print(f"| momentumnet, the same | | | | {errors} |", flush=True)
     print(heading(pairs))
     couple = partial(couplings, 64)
     for name, make in sides.items():
@@ -170,6 +195,13 @@ def main() -> None:
             print(
                 row(f"couplings at depth 64, {name} / plain", found, base, 1.5 if name == "ours" else None), flush=True
             )
+    momentum = partial(momenta, None, 64)
+    for name, make, base_of in (("ours / plain", reversible, plain), ("momentumnet / storing", forgets, stores)):
+        if base_of is plain or find_spec("momentumnet"):
+            found, base = ratio(
+                Side(partial(step, make, momentum)), Side(partial(step, base_of, momentum)), pairs=pairs
+            )
+            print(row(f"momentum at depth 64, {name}", found, base, None), flush=True)
     theta = partial(trapezoid, 16)
     found, base = ratio(Side(partial(step, loosely, theta)), Side(partial(step, plain, theta)), pairs=pairs)
     print(row("trapezoidal steps at depth 16, reversible / storing", found, base, 1.5))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
         raise ValueError(f"this {type(module).__name__} is limited already; export the network first to limit it anew")
     parametrize.register_parametrization(module, "weight", Limited(module, bound, size))
     if size:
-        module.register_forward_pre_hook(_refuse_larger)
+        hook = partial(_refuse_larger, tuple(size))
+        hook.only_looks = True  # so that a chain with it still has a bound
+        module.register_forward_pre_hook(hook)
 
 
 class Limited(nn.Module):
@@ -109,16 +112,35 @@ class Limited(nn.Module):
 
     def forward(self, weight: Float[Tensor, "out inner *kernel"]) -> Float[Tensor, "out inner *kernel"]:
         """The weight within the limit."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            if self.training:
-                self.v, _ = _unit(self._adjoint(weight, self.u), self.v)
-                self.u, self.sigma = _unit(self._image(weight, self.v), self.u)
-                self.checksum = torch.zeros_like(self.checksum)
-            elif self.checksum != _checksum(weight):
-                trained, allowed = not self.checksum, self.sigma.clamp_min(self.bound)
-                self._converge(weight)
-                self.overshoot = self.sigma / allowed if trained else self.overshoot
-        return _Scaled.apply(weight, self)
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(weight.device.type):
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                self._update(weight.detach())
+        else:
+            self._update(weight.detach())
+        scale = float(self.sigma) / self.bound
+        return _Scaled.apply(weight, scale, self) if scale > 1 else weight.view_as(weight)
+
+    def _update(self, weight: Tensor) -> None:
+        """Sigma and its vectors for this weight, known to need no gradient: one step of power iteration in training.
+
+        On one image calls cost as much as their arithmetic, hence few of them, and not by attributes of the module.
+        """
+        buffers = self._buffers
+        if self.training:
+            v = self._adjoint(weight, buffers["u"])
+            v = v.div_(torch.linalg.vector_norm(v))
+            u = self._image(weight, v)
+            sigma = torch.linalg.vector_norm(u)
+            if float(sigma) > 0:
+                # Replaced, not written to: a gradient that is still to come is that of the vectors that were used.
+                buffers["v"], buffers["u"], buffers["sigma"] = v, u / sigma, sigma
+            else:  # the vectors stay, so that the iteration can go on from them
+                buffers["sigma"] = torch.zeros_like(sigma)
+            buffers["checksum"].zero_()
+        elif self.checksum != _checksum(weight):
+            trained, allowed = not self.checksum, self.sigma.clamp_min(self.bound)
+            self._converge(weight)
+            self.overshoot = self.sigma / allowed if trained else self.overshoot
 
     def _converge(self, weight: Tensor) -> None:
         weight = weight.detach()
@@ -138,25 +160,22 @@ class Limited(nn.Module):
 
 
 class _Scaled(torch.autograd.Function):
-    """`W / max(1, sigma / bound)`, with the derivative of sigma formed only where the limit is active."""
+    """`W / scale` for scale = sigma / bound, with the derivative of sigma = <u, W v>."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, limit: Limited) -> Tensor:
-        scale = (limit.sigma / limit.bound).clamp_min(1)
-        # u and v are replaced, not written to, by later steps: the gradient is of the values that were used.
-        ctx.save_for_backward(weight, scale, limit.u, limit.v)
-        ctx.settings, ctx.bound = limit.settings, limit.bound
+    def forward(ctx: Any, weight: Tensor, scale: float, limit: Limited) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.scale, ctx.bound, ctx.settings = scale, limit.bound, limit.settings
+        ctx.u, ctx.v = limit._buffers["u"], limit._buffers["v"]
         return weight / scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight, scale, u, v = ctx.saved_tensors
-        if scale <= 1:
-            return gradient, None
-        of_sigma = u.mT @ v if ctx.settings is None else _backward(u, v, weight, ctx.settings, of_weight=True)
-        pull = (gradient * weight).sum() / (scale.square() * ctx.bound)
-        return torch.addcmul(gradient / scale, of_sigma, pull, value=-1), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,), v, settings = ctx.saved_tensors, ctx.v, ctx.settings
+        u = ctx.u * ((gradient * weight).sum() * (-1 / (ctx.scale**2 * ctx.bound)))
+        of_sigma = u.mT @ v if settings is None else _backward(u, v, weight, settings, of_weight=True)
+        return of_sigma.add_(gradient, alpha=1 / ctx.scale), None, None
 
 
 def _backward(u: Tensor, v: Tensor, weight: Tensor, settings: Settings, *, of_weight: bool) -> Tensor:
@@ -288,7 +307,7 @@ def _make_plain_(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[0]
     module.weight = nn.Parameter(weight)
     hooks = module._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _refuse_larger]:
+    for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _refuse_larger]:
         del hooks[key]
 
 
@@ -301,16 +320,13 @@ def _scale_to_(module: nn.Module, limit: Limited) -> None:
                 module.weight.mul_(scale * (1 - 2 * torch.finfo(module.weight.dtype).eps))
 
 
-def _refuse_larger(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+def _refuse_larger(limited: tuple[int, int], module: nn.Module, given: tuple[Tensor, ...]) -> None:
     """A norm on larger maps can be above the bound; on smaller ones it cannot."""
-    size, limited = tuple(given[0].shape[-2:]), _limit(module).size
-    if size[0] > limited[0] or size[1] > limited[1]:
+    *_, rows, columns = given[0].shape
+    if rows > limited[0] or columns > limited[1]:
         raise ValueError(
-            f"this convolution is limited on maps of size {limited}, given one of {size}; limit it on that"
+            f"this convolution is limited on maps of size {limited}, given one of {(rows, columns)}; limit it on that"
         )
-
-
-_refuse_larger.only_looks = True  # so that a chain with it still has a bound
 
 
 def _limit(module: nn.Module) -> Limited | None:
