@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from residuum import runfolders, worker
 from residuum.descriptions import described
@@ -16,6 +16,7 @@ from residuum.names import unknown
 from residuum.runs import Job, Settings
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What carries out runs: `engines.pool.Pool`, `engines.ray.Ray`, `engines.slurm.Slurm`."""
 
@@ -167,7 +168,7 @@ def checked(jobs: Any) -> list[Job]:
         if job.key in first:
             raise ValueError(f"the runs {first[job.key]} and {number} are equal (counted from 0): {_short(job)}")
         first[job.key] = number
-        again = worker.KINDS[job.kind](json.loads(json.dumps(job.describe())))
+        again = worker.KINDS[job.kind].from_description(json.loads(json.dumps(job.describe())))
         if again.key != job.key:
             raise ValueError(f"number {number} of the runs does not survive being written: {_short(job)}")
     return jobs

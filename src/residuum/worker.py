@@ -23,11 +23,10 @@ from residuum.engines.workers import GRACE, STOPPED
 from residuum.files import write_json
 from residuum.memory import keep_freed_memory
 from residuum.progress import Show
-from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_json
-from residuum.runs import Job, Run, Settings, from_description, perform
+from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_object
+from residuum.runs import Job, Run, Settings, perform
 
-# What can stand in a run.json, and what makes a job of it.
-KINDS: dict[str, Callable[[dict[str, Any]], Job]] = {Run.kind: from_description}
+KINDS: dict[str, type[Job]] = {Run.kind: Run}  # what a run.json can describe
 
 Say = Callable[[dict[str, Any]], None]
 _OFTEN = 0.2  # seconds between two lines about how far a run is
@@ -90,14 +89,14 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 
 def _settings(folder: Path) -> Settings:
-    written = read_json(folder / SETTINGS) or {}
+    written = read_object(folder / SETTINGS)
     root = written.get("data_root")
     return Settings(**written | {"data_root": root and Path(root)})
 
 
 def _job(folder: Path) -> Job:
-    description = read_json(folder / "run.json")["description"]
-    return KINDS[description["kind"]](description)
+    description = read_object(folder / "run.json")["description"]
+    return KINDS[description["kind"]].from_description(description)
 
 
 def _listen(orders: queue.Queue[Path | None]) -> None:

@@ -15,6 +15,7 @@ from time import monotonic
 
 GRACE = 15.0  # seconds from asking a worker to stop until it is killed: a checkpoint can be written
 STARTING = 120.0  # seconds that imports may take before the time limit of a run begins
+STOPPED = 130  # exit code of a worker that was asked to stop
 BUSY = 0.5  # seconds until a run that another sweep is carrying out is looked at again
 
 
@@ -26,13 +27,13 @@ class Each:
         minutes: Time limit of a run; None: there is none.
         memory: GB that a run is known to need.
         gpu: Share of a GPU that a run gets; 0.25 lets four runs share a card.
-        command: The worker's program.
+        program: The worker, as arguments of Python.
     """
 
     minutes: float | None = None
     memory: float = 0.0
     gpu: float = 0.0
-    command: tuple[str, ...] = (sys.executable, "-m", "residuum.worker")
+    program: tuple[str, ...] = ("-m", "residuum.worker")
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
@@ -153,7 +154,7 @@ class Worker:
         self._unread, self._errors = b"", tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            self.each.command,
+            [sys.executable, *self.each.program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -181,7 +182,7 @@ class Worker:
         self._errors.seek(0)
         last = (self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         if code > 0 and code != STOPPED and not self._began:
-            raise OSError(f"workers cannot start: {' '.join(self.each.command)} ended with {how}: {last}")
+            raise OSError(f"workers cannot start: python {' '.join(self.each.program)} ended with {how}: {last}")
         return Ended("failed", "killed", f"its worker was ended by {how}" if code < 0 else f"its worker ended with {how}")
 
     def _memory(self, line: str) -> int:
