@@ -30,7 +30,7 @@ _DTYPES = {
     frozenset([float]): "Float64",
     frozenset([int, float]): "Float64",
 }
-_CONDITION = re.compile(r"([\w.]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_CONDITION = re.compile(r"\s*([\w.]+)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _COMPARE = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -103,7 +103,7 @@ def where(frame: "pandas.DataFrame", condition: str) -> "pandas.DataFrame":
 
 
 def column_named(frame: "pandas.DataFrame", name: str) -> str:
-    """The column of that name, or the only one that ends with it.
+    """The column of that name, or the only one that ends with it; a setting comes before a result.
 
     Raises:
         ValueError: If there is none, or several.
@@ -111,6 +111,7 @@ def column_named(frame: "pandas.DataFrame", name: str) -> str:
     if name in frame.columns:
         return name
     ending = [column for column in frame.columns if column.endswith(f".{name}")]
+    ending = [column for column in ending if not column.startswith(RESULTS)] or ending
     if len(ending) > 1:
         raise ValueError(f"column {name!r} can be {', '.join(ending[:5])}; give more of its name")
     if not ending:

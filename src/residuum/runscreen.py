@@ -62,12 +62,13 @@ def _list(screen: Console, frame: "pandas.DataFrame", chosen: "pandas.DataFrame"
     cells = {name: _cells(chosen, name) for name in ("key", "state", *varying, *others)}
     names = _short(cells, frame.columns)
     width = {name: max(map(len, (names[name], *texts))) + 2 for name, texts in cells.items()}
-    room = screen.width - sum(width[name] for name in ("key", "state", *others))
-    shown, left = [], []
-    for name in sorted(varying, key=lambda name: name != "seed"):
+    must = ("key", "state", *others[:1])
+    room = screen.width - sum(width[name] for name in must)
+    shown, left = [*must], []
+    for name in (*sorted(varying, key=lambda name: name != "seed"), *others[1:]):
         (shown if width[name] <= room else left).append(name)
         room -= width[name] if width[name] <= room else 0
-    columns = ("key", "state", *(name for name in varying if name in shown), *others)
+    columns = [name for name in cells if name in shown]
     grid = Table(box=None, pad_edge=False)
     for name in columns:
         justify = "right" if chosen[name].dtype.kind in "iuf" else "left"
@@ -76,7 +77,7 @@ def _list(screen: Console, frame: "pandas.DataFrame", chosen: "pandas.DataFrame"
         grid.add_row(*row)
     screen.print(grid)
     if left:
-        screen.print(f"they differ also in {', '.join(left)}: --csv FILE has all", soft_wrap=True)
+        screen.print(f"no room for {', '.join(left)}: --csv FILE has all", soft_wrap=True)
     for key, state, error in zip(cells["key"], cells["state"], _cells(chosen, "error"), strict=True):
         if error:
             screen.print(f"{key} {state}: {error}", soft_wrap=True)
