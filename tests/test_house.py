@@ -29,8 +29,10 @@ ROWS = [
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],
-    ["runs", "runindex"],
-    ["commands", "runscreen"],
+    ["runs", "runindex", "engines"],
+    ["worker"],
+    ["sweeps"],
+    ["commands", "runscreen", "sweepscreen"],
     ["cli"],
 ]
 
@@ -191,6 +193,17 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "sweep": {
+        "runs",
+        "out",
+        "engine",
+        "workers",
+        "time_limit",
+        "memory",
+        "gpu",
+        "data_root",
+        "retry_failed",
+    },
     "runs": {"out", "where", "compare", "csv", "parquet", "rebuild", "force"},
     "stability": {"out", "force"},
     "data list": {"data_root"},
@@ -215,6 +228,7 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "sweep": flags.Sweep,
         "runs": flags.Runs,
         "fold": flags.Fold,
         "stability": flags.Stability,
