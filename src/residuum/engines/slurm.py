@@ -51,7 +51,9 @@ class Slurm:
         if self.each.minutes is None:
             raise ValueError("Slurm must know how long a run may take; give a time limit in minutes")
         if not float(self.each.gpu).is_integer():
-            raise ValueError(f"Slurm gives whole GPUs, not {self.each.gpu:g}; use 1, or the pool on one of its machines")
+            raise ValueError(
+                f"Slurm gives whole GPUs, not {self.each.gpu:g}; use 1, or the pool on one of its machines"
+            )
 
     def run(self, folders: Sequence[Path], tell: Tell) -> None:
         """Carry out runs.

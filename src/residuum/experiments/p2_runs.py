@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -124,6 +125,7 @@ SCALES = {
 }
 
 
+@cache
 def run_of(scale: str, data: str, depth: int, seed: int, *, decay: float = 1e-4, longer: bool = False) -> Run:
     """One network of the study.
 
@@ -245,7 +247,7 @@ def steps_of_images(results: Results, runs: Mapping[int, Run], section: int) -> 
     return np.stack(columns, 1)
 
 
-def crossing_over_images(results: Results, runs: Mapping[int, Run], section: int, deepest: float) -> Effect:
+def crossing_over_images(results: Results, runs: Mapping[int, Run], section: int, deepest: float | int) -> Effect:
     """The crossing of one sweep with its bootstrap interval over images; draws without one count as `deepest`."""
     depths = list(runs)
     return over_examples(
@@ -261,6 +263,6 @@ def along(results: Results, run: Run, quantity: str, section: int, *, network: s
     return [v for p, v in zip(points, profile.mean(quantity).tolist(), strict=True) if p.section == section]
 
 
-def within(runs: Mapping[int, Run], low: float, high: float) -> dict[int, Run]:
+def within(runs: Mapping[int, Run], low: int, high: int) -> dict[int, Run]:
     """The runs whose depth lies in a range, both ends included."""
     return {depth: run for depth, run in runs.items() if low <= depth <= high}
