@@ -216,6 +216,33 @@ class Stability:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Carry out the runs that a Python function returns, each once, and go on where an earlier sweep stopped.
+
+    Attributes:
+        runs: path/to/file.py:function, a function without arguments that returns runs (this runs the file).
+        out: Folder of runs; what is complete in it is not repeated.
+        engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
+        workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
+        time_limit: Minutes that a run may take.
+        memory: GB that a run is known to need; the pool learns it from the largest so far.
+        gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        retry_failed: Try runs that failed in an earlier sweep again.
+    """
+
+    runs: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.py:FUNCTION")]
+    out: Path
+    engine: Literal["pool", "ray", "slurm"] = "pool"
+    workers: int | None = None
+    time_limit: float | None = None
+    memory: float = 0.0
+    gpu: float = 0.0
+    data_root: Path | None = None
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
 class Reproduce:
     """Carry out the runs of the papers that are missing, draw their figures, and give every claim a verdict.
 
@@ -326,4 +353,14 @@ class DataCommand:
     what: Data
 
 
-Command = Demo | Train | Probe | Report | Fold | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]
+Command = (
+    Demo
+    | Train
+    | Probe
+    | Report
+    | Fold
+    | Stability
+    | Sweep
+    | Reproduce
+    | Annotated[DataCommand, tyro.conf.subcommand("data")]
+)

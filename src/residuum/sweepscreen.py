@@ -15,7 +15,7 @@ from residuum.engines.workers import Doing, Each, Ended, Tell
 from residuum.flags import Reproduce, Sweep
 from residuum.loading import returned
 from residuum.runs import Settings
-from residuum.sweeps import Engine, Outcome, sweep
+from residuum.sweeps import Engine, Outcome, checked, sweep
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -31,7 +31,7 @@ def run(flags: Sweep, command: str) -> None:
         ValueError: If a run is not complete in the end; the message says how many, and where it stands why.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
-    engine, jobs = engine_of(flags), returned(flags.runs)
+    engine, jobs = engine_of(flags), checked(returned(flags.runs))
     settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
     try:
         outcome = sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Slurm:
 
     logs: Path
     workers: int = 100
-    each: Each = Each()
+    each: Each = field(default_factory=Each)
     cluster: str = "slurm"
 
     def __post_init__(self) -> None:
