@@ -42,9 +42,11 @@ ROWS = [
     ["report"],
     ["results", "flags", "runfolders"],
     ["runs"],
-    ["runindex", "claims"],
-    ["experiments"],
-    ["commands"],
+    ["runindex", "claims", "engines"],
+    ["worker", "experiments", "pages"],
+    ["sweeps", "reproduce"],
+    ["commands", "sweepscreen"],
+    ["reproducescreen"],
     ["cli"],
 ]
 
@@ -170,6 +172,7 @@ def test_help_imports_no_torch() -> None:
 
 
 COMMON = {"device", "dtype", "batch", "limit", "seed"}
+ENGINE = {"engine", "workers", "time_limit", "memory", "gpu", "data_root", "retry_failed"}
 OPTIONS = {
     "fold": {"model", "out", "data", "data_root", "norms", "force"} | COMMON,
     "demo": {"out", "epochs", "force"} | COMMON,
@@ -205,6 +208,7 @@ OPTIONS = {
     | COMMON,
     "report": {"folders", "out", "force"},
     "stability": {"out", "force"},
+    "reproduce": {"ids", "out", "scale", "list", "check", "files"} | ENGINE,
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
     "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
@@ -229,6 +233,7 @@ def test_the_command_line_is_frozen() -> None:
         "report": flags.Report,
         "fold": flags.Fold,
         "stability": flags.Stability,
+        "reproduce": flags.Reproduce,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
         "data digitclutter": flags.DataDigitclutter,

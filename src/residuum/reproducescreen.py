@@ -7,6 +7,7 @@ from rich.console import Console
 
 from residuum.flags import Reproduce
 from residuum.reproduce import check_data, choose, gather, listing, report, stand_ins, summary
+from residuum.runfolders import prepare
 from residuum.runs import Job, Run, Settings
 from residuum.sweeps import sweep
 from residuum.sweepscreen import board, engine_of
@@ -35,6 +36,7 @@ def run(flags: Reproduce, command: str) -> None:
     if flags.list:
         screen.print(listing(choice, results))
         return
+    prepare(flags.out)
     problem = ""
     if not flags.check and any(job.key not in results for job in choice.jobs):
         screen.print(listing(choice, results))
