@@ -148,6 +148,21 @@ def test_half_written_results_are_written_again(
     assert not list((tmp_path / "out").rglob(".partial-*"))
 
 
+def test_the_checkpoint_goes_last(tmp_path: Path, whole: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before done.json is there: what was trained is not lost."""
+    folder = tmp_path / "out" / "runs" / TINY.key
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            runfolders,
+            "write_json",
+            lambda path, value: kill() if path.name == "done.json" else write_json(path, value),
+        )
+        with pytest.raises(Stopped):
+            execute(TINY, tmp_path / "out")
+    assert (folder / "checkpoint").exists()
+    same(execute(TINY, tmp_path / "out"), whole)
+
+
 def test_a_checkpoint_that_would_end_otherwise_is_not_used(
     tmp_path: Path, whole: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +216,7 @@ def test_a_full_disk_at_any_file_loses_nothing(
     tmp_path: Path, whole: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = next(n for n in range(40) if not stopped_by_a_full_disk(n + 1, tmp_path / str(n), whole, monkeypatch))
-    assert files == 15, "the mark, run.json, 2 checkpoints, 10 results, done.json"
+    assert files == 14, "the mark, run.json, 2 checkpoints, 9 results, done.json"
 
 
 def damages(folder: Path) -> Iterator[tuple[str, Callable[[Path], None], str]]:

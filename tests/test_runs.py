@@ -16,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datafiles import write_npz
+from residuum import runs
 from residuum.data import ClutterConfig, batches, load_splits
 from residuum.descriptions import canonical, described, key_of, rebuilt
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
-from residuum.layers.pairs import Verlet
-from residuum.layers.sharing import NAIVE, UBN
-from residuum.layers.steps import Explicit, RungeKutta
-from residuum.layers.tableaus import RK4
+from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
+from residuum.layers.sharing import NAIVE, UBN, Sharing
+from residuum.layers.steps import Explicit, RungeKutta, Theta
+from residuum.layers.tableaus import RK4, PartitionedTableau, Tableau
+from residuum.linear import GMRES, BiCGStab, Neumann
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.probes import readouts
@@ -31,6 +33,7 @@ from residuum.probing import CALIBRATION_BATCH
 from residuum.profiles import profile
 from residuum.rates import Cosine, Steps
 from residuum.runs import DataConfig, Run, Settings, execute, finished
+from residuum.solvers import Anderson, NewtonKrylov, Picard
 from residuum.training import TrainConfig, train
 
 TINY = Run(
@@ -253,32 +256,59 @@ def test_keys_are_those_of_another_process() -> None:
         assert done.stdout.split() == [TINY.key, FULL.key]
 
 
-def test_defaults_stay_what_they_are() -> None:
+STEPS_RATE = {"kind": "Steps", "at": [[0.5, 0.1], [0.75, 0.01]]}
+GMRES_DEFAULTS = {"kind": "GMRES", "tol": 1e-3, "max_steps": 60, "restart": 20}
+DEFAULTS = {
+    ResNetConfig: {"blocks": [2, 2, 2], "widths": [16, 32, 64], "channels": 3, "classes": 10, "transition": "separate"}
+    | {"head": "norm", "bias": False, "stem": None, "cells": 1, "norm": "batch", "sharing": None, "alike": 0.0}
+    | {"relaxed": None, "limit": None, "step": None},
+    TrainConfig: {"epochs": 20, "batch": 64, "lr": 0.1, "rate": STEPS_RATE, "optimiser": "sgd", "momentum": 0.9}
+    | {"clip": None, "weight_decay": 1e-4, "accumulate": 1, "precision": "float32", "augment": "none"}
+    | {"coupling": None, "seed": 0},
+    Sharing: {"free": 5, "statistics": "unshared", "affine": "unshared", "gamma": 0.1, "everywhere": False},
+    Limit: {"bound": 1.0, "size": 32, "norm": "clipped"},
+    Coupling: {"strength": 1.0, "couple": "weights", "reduce": "mean", "rate": {"kind": "Steps", "at": []}},
+    ClutterConfig: {"digits": 3, "debris": "none", "grey": "float", "seed": 0},
+    Steps: STEPS_RATE,
+    Explicit: {"dt": 1.0},
+    Theta: {"theta": 0.5, "dt": 1.0, "form": "two_point", "start": "euler", "param_grad": "exact", "adjoint": None}
+    | {"solver": {"kind": "Anderson", "tol": 1e-6, "max_steps": 50, "memory": 5}},
+    Verlet: {"dt": 1.0, "form": "symplectic"},
+    Leapfrog: {"dt": 1.0},
+    Midpoint: {"dt": 1.0},
+    Momentum: {"gamma": 0.9},
+    Picard: {"tol": 1e-6, "max_steps": 100},
+    Anderson: {"tol": 1e-6, "max_steps": 50, "memory": 5},
+    NewtonKrylov: {"tol": 1e-6, "max_steps": 20, "linear": GMRES_DEFAULTS},
+    Neumann: {"tol": 1e-6, "max_steps": 100},
+    GMRES: {"tol": 1e-6, "max_steps": 100, "restart": 20},
+    BiCGStab: {"tol": 1e-6, "max_steps": 200},
+}
+NEED_ALL = {Cosine, Additive, Tableau, PartitionedTableau, RungeKutta, DataConfig, Run}  # tested below, or no defaults
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_defaults_stay_what_they_are(kind: type) -> None:
     """Defaults are left out of keys, so a default that changes gives old keys to other runs: raise FORMAT then.
 
     New fields may come, with a default that is what was done before.
     """
-    defaults = {
-        **{"blocks": [2, 2, 2], "widths": [16, 32, 64], "channels": 3, "classes": 10, "transition": "separate"},
-        **{"head": "norm", "bias": False, "stem": None, "cells": 1, "norm": "batch", "sharing": None, "alike": 0.0},
-        **{"relaxed": None, "limit": None, "step": None},
-    }
-    assert described(ResNetConfig()).items() >= defaults.items()
-    steps = {"kind": "Steps", "at": [[0.5, 0.1], [0.75, 0.01]]}
-    defaults = {
-        **{"epochs": 20, "batch": 64, "lr": 0.1, "rate": steps, "optimiser": "sgd", "momentum": 0.9, "clip": None},
-        **{"weight_decay": 1e-4, "accumulate": 1, "precision": "float32", "augment": "none", "coupling": None},
-    }
-    assert described(TrainConfig()).items() >= defaults.items()
-    defaults = {"train": None, "test": None, "shuffled": False, "clutter": None, "clutter_sizes": [100_000, 10_000]}
-    assert described(DataConfig("mnist")).items() >= defaults.items()
-    assert described(Run(ResNetConfig(), DataConfig("mnist"))).items() >= {"probes": [], "probe_limit": 1000}.items()
-    defaults = {"free": 5, "statistics": "unshared", "affine": "unshared", "gamma": 0.1, "everywhere": False}
-    assert described(UBN).items() >= defaults.items()
-    assert described(Limit()).items() >= {"bound": 1.0, "size": 32, "norm": "clipped"}.items()
-    defaults = {"strength": 1.0, "couple": "weights", "reduce": "mean", "rate": {"kind": "Steps", "at": []}}
-    assert described(Coupling()).items() >= defaults.items()
-    assert described(ClutterConfig()).items() >= {"digits": 3, "debris": "none", "grey": "float", "seed": 0}.items()
+    contains(described(kind()), DEFAULTS[kind])
+
+
+def contains(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            contains(found[name], value)
+        else:
+            assert found[name] == value, name
+
+
+def test_defaults_of_a_run_stay_what_they_are() -> None:
+    data = {"train": None, "test": None, "shuffled": False, "clutter": None, "clutter_sizes": [100_000, 10_000]}
+    run = {"data": data | {"sha256": ""}, "probes": [], "probe_limit": 1000, "seed": 0}
+    contains(described(Run(ResNetConfig(), DataConfig("mnist"))), run | {"training": {"kind": "TrainConfig"}})
+    assert set(runs._KINDS) == DEFAULTS.keys() | NEED_ALL, "every kind of settings is pinned"
 
 
 def test_a_field_that_is_added_with_a_default_changes_no_key() -> None:
@@ -390,16 +420,14 @@ def test_labels_are_shuffled_with_the_seed_of_the_run(tmp_path: Path) -> None:
 
 
 def test_made_data_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from residuum import runs as module
-
     calls = []
 
     def write(path: Path, *given: Any, **more: Any) -> None:
         calls.append(path)
         original(path, *given, **more)
 
-    original = module.write_digitclutter
-    monkeypatch.setattr(module, "write_digitclutter", write)
+    original = runs.write_digitclutter
+    monkeypatch.setattr(runs, "write_digitclutter", write)
     for seed in (0, 1):
         data = CLUTTER.load(seed=seed, root=None, made=tmp_path / "data")
         assert (len(data.train), len(data.test), data.train.labels.shape[1]) == (20, 10, 10)

@@ -180,6 +180,30 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """List the runs of a folder, with what differs between them and what came out, or export them as one table.
+
+    Attributes:
+        out: Folder of runs, as residuum sweep writes it.
+        where: Only runs for which these hold, e.g. data.name=mnist training.epochs>=20 state!=complete; the end of a
+            name is enough where it is clear.
+        compare: Keys of two runs (their first digits are enough): in what they differ.
+        csv: File to write the table to, with every setting and every number.
+        parquet: The same, as a parquet file.
+        rebuild: Read every file of every run anew.
+        force: Replace existing files.
+    """
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    where: tuple[str, ...] = ()
+    compare: tuple[str, str] | None = None
+    csv: Path | None = None
+    parquet: Path | None = None
+    rebuild: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class Fold:
     """Put the mean block of each section of a (coupled) network in the place of all, and say what that costs.
 
@@ -358,9 +382,10 @@ Command = (
     | Train
     | Probe
     | Report
+    | Sweep
+    | Runs
+    | Reproduce
     | Fold
     | Stability
-    | Sweep
-    | Reproduce
     | Annotated[DataCommand, tyro.conf.subcommand("data")]
 )

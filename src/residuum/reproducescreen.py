@@ -15,7 +15,7 @@ from residuum.sweepscreen import board, engine_of
 screen = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def run(flags: Reproduce, command: str) -> None:
+def reproduce(flags: Reproduce, command: str) -> None:
     """Carry out what is missing, draw figures and judge claims; or only list, or only read what is there.
 
     Args:

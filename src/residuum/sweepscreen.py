@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from residuum import sweeps
 from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
@@ -15,12 +16,12 @@ from residuum.engines.workers import Doing, Each, Ended, Tell
 from residuum.flags import Reproduce, Sweep
 from residuum.loading import returned
 from residuum.runs import Settings
-from residuum.sweeps import Engine, Outcome, checked, sweep
+from residuum.sweeps import Engine, Outcome, checked
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def run(flags: Sweep, command: str) -> None:
+def sweep(flags: Sweep, command: str) -> None:
     """Carry out the runs that a function returns, and say what they came to.
 
     Args:
@@ -34,7 +35,7 @@ def run(flags: Sweep, command: str) -> None:
     engine, jobs = engine_of(flags), checked(returned(flags.runs))
     settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
     try:
-        outcome = sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
+        outcome = sweeps.sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
     _say(outcome, flags)
@@ -93,7 +94,8 @@ def engine_of(flags: Sweep | Reproduce) -> Engine:
         return Ray(flags.workers, each)
     if flags.engine == "slurm":
         return Slurm(flags.out.absolute() / "slurm", flags.workers or Slurm.workers, each)
-    return Pool(len(os.sched_getaffinity(0)) if flags.workers is None else flags.workers, each)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Pool(here if flags.workers is None else flags.workers, each)
 
 
 def _say(outcome: Outcome, flags: Sweep) -> None:
