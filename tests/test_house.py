@@ -19,10 +19,22 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
+    [
+        "schedules",
+        "spectra",
+        "linear",
+        "names",
+        "memory",
+        "vision",
+        "calls",
+        "readings",
+        "processes",
+        "bytes",
+        "effects",
+    ],
     ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
-    ["cutting", "data", "checkpoints", "conclusions", "layers"],
+    ["cutting", "data", "checkpoints", "conclusions", "layers", "drawing"],
     ["models", "profiles", "titles", "facts", "stability", "penalties"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
@@ -30,9 +42,11 @@ ROWS = [
     ["report"],
     ["results", "flags", "runfolders"],
     ["runs", "runindex", "engines"],
-    ["worker"],
-    ["sweeps"],
+    ["worker", "claims"],
+    ["sweeps", "experiments", "pages"],
+    ["reproduce"],
     ["commands", "runscreen", "sweepscreen"],
+    ["reproducescreen"],
     ["cli"],
 ]
 
@@ -158,6 +172,7 @@ def test_help_imports_no_torch() -> None:
 
 
 COMMON = {"device", "dtype", "batch", "limit", "seed"}
+ENGINE = {"engine", "workers", "time_limit", "memory", "gpu", "data_root", "retry_failed"}
 OPTIONS = {
     "fold": {"model", "out", "data", "data_root", "norms", "force"} | COMMON,
     "demo": {"out", "epochs", "force"} | COMMON,
@@ -193,19 +208,10 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
-    "sweep": {
-        "runs",
-        "out",
-        "engine",
-        "workers",
-        "time_limit",
-        "memory",
-        "gpu",
-        "data_root",
-        "retry_failed",
-    },
+    "sweep": {"runs", "out"} | ENGINE,
     "runs": {"out", "where", "compare", "csv", "parquet", "rebuild", "force"},
     "stability": {"out", "force"},
+    "reproduce": {"ids", "out", "scale", "list", "check", "files"} | ENGINE,
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
     "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
@@ -232,6 +238,7 @@ def test_the_command_line_is_frozen() -> None:
         "runs": flags.Runs,
         "fold": flags.Fold,
         "stability": flags.Stability,
+        "reproduce": flags.Reproduce,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
         "data digitclutter": flags.DataDigitclutter,

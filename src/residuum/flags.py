@@ -270,6 +270,43 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Carry out the runs of the papers that are missing, draw their figures, and give every claim a verdict.
+
+    Writes OUT/<scale>/: a page and figures for each paper, claims.json, claims.md and claims.html.
+
+    Attributes:
+        ids: Papers (p2), figures (p2-3) or claims, by their names; without them all papers.
+        out: Folder of runs; what is complete in it is not repeated.
+        scale: tiny (seconds; shows that everything runs), small (hours on two cores), or paper (its settings).
+        list: Say which runs there are, how many are complete, and how long the others will take; run nothing.
+        check: Draw and judge what is there; run nothing.
+        files: NAME=FILE.npz: read a file in the place of a data set, where its official files are not at hand.
+        engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
+        workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
+        time_limit: Minutes that a run may take.
+        memory: GB that a run is known to need; the pool learns it from the largest so far.
+        gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        retry_failed: Try runs that failed before again.
+    """
+
+    ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID...")] = ()
+    out: Path = Path("residuum-reproduce")
+    scale: Literal["tiny", "small", "paper"] = "small"
+    list: bool = False
+    check: bool = False
+    files: tuple[str, ...] = ()
+    engine: Literal["pool", "ray", "slurm"] = "pool"
+    workers: int | None = None
+    time_limit: float | None = None
+    memory: float = 0.0
+    gpu: float = 0.0
+    data_root: Path | None = None
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
 class DataList:
     """List the data sets that have a name, and whether they are on this machine.
 
@@ -350,6 +387,7 @@ Command = (
     | Report
     | Sweep
     | Runs
+    | Reproduce
     | Fold
     | Stability
     | Annotated[DataCommand, tyro.conf.subcommand("data")]

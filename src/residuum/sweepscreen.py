@@ -13,7 +13,7 @@ from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Tell
-from residuum.flags import Sweep
+from residuum.flags import Reproduce, Sweep
 from residuum.loading import returned
 from residuum.runs import Settings
 from residuum.sweeps import Engine, Outcome, checked
@@ -32,7 +32,7 @@ def sweep(flags: Sweep, command: str) -> None:
         ValueError: If a run is not complete in the end; the message says how many, and where it stands why.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
-    engine, jobs = _engine(flags), checked(returned(flags.runs))
+    engine, jobs = engine_of(flags), checked(returned(flags.runs))
     settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
     try:
         outcome = sweeps.sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
@@ -83,8 +83,12 @@ def board(names: Mapping[Path, str], before: int) -> Iterator[Tell]:
         yield tell
 
 
-def _engine(flags: Sweep) -> Engine:
-    """The engine that was asked for."""
+def engine_of(flags: Sweep | Reproduce) -> Engine:
+    """The engine that was asked for.
+
+    Args:
+        flags: The command's options.
+    """
     each = Each(minutes=flags.time_limit, memory=flags.memory, gpu=flags.gpu)
     if flags.engine == "ray":
         return Ray(flags.workers, each)
