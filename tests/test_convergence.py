@@ -18,6 +18,7 @@ from residuum.probes.intervene import (
     drops,
     drops_first,
     drops_last,
+    extra_runs,
     interventions,
     replacements,
     shuffles,
@@ -52,6 +53,21 @@ class Toy(nn.Module):
 
 def measured(model: nn.Module, x: Tensor, labels: Tensor | None) -> Profile:
     return profile(model.eval(), [(x, labels)], PROBES)
+
+
+def test_extra_runs_are_all_that_the_divergence_index_reads() -> None:
+    model = ResNet(ResNetConfig((1, 3), (4, 4), transition="pool", norm="group", alike=1.0), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    given = [(torch.randn(40, 3, 8, 8, generator=generator), torch.randint(0, 10, (40,), generator=generator))]
+    many, few, both = (
+        profile(model.eval(), given, [interventions(*kinds)])
+        for kinds in ((unrolls,), (extra_runs,), (extra_runs, unrolls))
+    )
+    assert few.measures["unroll_1_loss"].values.shape[1] == 1 + 3
+    torch.testing.assert_close(both.measures["unroll_1_loss"].values, many.measures["unroll_1_loss"].values)
+    found = [convergence_indices(each, by="agreement")["divergence"] for each in (many, few, both)]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["network"]["value"] > 0
 
 
 def test_the_interval_of_a_gap_near_0_holds_its_estimate() -> None:
