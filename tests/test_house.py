@@ -20,7 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
     ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
-    ["solvers"],
+    ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
     ["models", "profiles", "titles", "facts", "stability"],
@@ -28,7 +28,9 @@ ROWS = [
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
     ["report"],
-    ["results", "flags"],
+    ["results", "flags", "runfolders"],
+    ["runs"],
+    ["runindex"],
     ["commands"],
     ["cli"],
 ]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from residuum.data import Preparation
-from residuum.layers.anystep import branches_of, described, rebuilt, solves
+from residuum.descriptions import described, rebuilt
+from residuum.layers.anystep import STEPS as KINDS
+from residuum.layers.anystep import branches_of, solves
 from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.sharing import NAIVE
@@ -48,7 +50,7 @@ def test_a_network_of_any_step_comes_back_from_its_folder(step, tmp_path: Path) 
     assert again.config == network.config
     with torch.no_grad():
         assert torch.equal(again(x), network(x))
-    assert rebuilt(json.loads(json.dumps(described(step)))) == step
+    assert rebuilt(json.loads(json.dumps(described(step))), KINDS) == step
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
@@ -144,10 +146,13 @@ def test_kinds_know_what_they_take() -> None:
         (lambda: replace(SMALL, norm="batch", step=RungeKutta(GAUSS4)), "use norm 'group' or 'none'"),
         (lambda: replace(SMALL, widths=(3, 8), step=Verlet()), r"halves of the channels, but widths are \(3, 8\)"),
         (lambda: replace(SMALL, alike=1.0, step=Explicit()), "leave out step or alike"),
-        (lambda: rebuilt({"kind": "Thetta"}), "did you mean 'Theta'"),
-        (lambda: rebuilt({"theta": 0.5}), "unknown kind of step 'None'"),
-        (lambda: rebuilt({"kind": "Theta", "tol": 1.0}), "Theta has no 'tol'"),
-        (lambda: rebuilt(described(RungeKutta(GAUSS4)) | {"tableau": described(GAUSS4) | {"order": 5}}), "order 5"),
+        (lambda: rebuilt({"kind": "Thetta"}, KINDS), "did you mean 'Theta'"),
+        (lambda: rebuilt({"theta": 0.5}, KINDS), "unknown kind of settings 'None'"),
+        (lambda: rebuilt({"kind": "Theta", "tol": 1.0}, KINDS), "Theta has no 'tol'"),
+        (
+            lambda: rebuilt(described(RungeKutta(GAUSS4)) | {"tableau": described(GAUSS4) | {"order": 5}}, KINDS),
+            "order 5",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused(make, message: str) -> None:

@@ -14,6 +14,10 @@ from residuum.names import one_line
 _FORMAT = "residuum checkpoint 1"
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that a training cannot go on from; the message says why."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a training is.
@@ -89,23 +93,23 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
         How far the training was.
 
     Raises:
-        ValueError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
+        CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
     """
     try:
         tensors, content = read_tensors(path, format=_FORMAT)
     except ValueError as error:
-        raise ValueError(f"{error}; delete it to start anew, or choose another output folder") from error
+        raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
     theirs = content["about"]
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
     if different:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
             "use the same settings, or delete it to start anew"
         )
     try:
         restore_(model, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     except RuntimeError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} belongs to another network ({one_line(error)}); use the same one, or delete it to start anew"
         ) from error
     parameters = [p for group in optimiser.param_groups for p in group["params"]]

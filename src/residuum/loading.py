@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from residuum.data import Preparation
+from residuum.descriptions import described, rebuilt
 from residuum.files import restore_, stored, write_atomically, write_json
-from residuum.layers.anystep import described, rebuilt
+from residuum.layers.anystep import STEPS
 from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import Sharing
 from residuum.models import ResNet, ResNetConfig
@@ -20,6 +21,7 @@ from residuum.names import nearest, one_line, unknown
 from residuum.zoos import ZOOS, Found, Reads, find
 
 FORMS = ("RUN_FOLDER", "torchvision:NAME", "timm:NAME", "hf:NAME", "path/to/file.py:function")
+NETWORK = (ResNetConfig, Sharing, Limit, *STEPS)  # what a network of ours is described by
 BARE = ("resnet18", "resnet50", "vit_b_16", "vit_tiny_patch16_224")  # names that people type without their source
 
 
@@ -104,7 +106,7 @@ def save_run(
     write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
         "format": 1,
-        "network": asdict(model.config) | {"step": described(model.config.step)},
+        "network": described(model.config),
         "preparation": asdict(preparation),
         "classes": classes,
         "training": training,
@@ -205,11 +207,9 @@ def trained_on(training: dict[str, Any] | None) -> str:
 
 def _network(written: dict[str, Any]) -> ResNetConfig:
     """The network that a config.json describes; what an older one does not say has its default."""
-    values = {key: _tupled(value) for key, value in written.items()}
-    for name, kind in (("sharing", Sharing), ("limit", Limit)):
-        if written.get(name) is not None:
-            values[name] = kind(**written[name])
-    return ResNetConfig(**values | {"step": rebuilt(written.get("step"))})
+    kinds = {"sharing": Sharing, "limit": Limit}  # older ones do not name them
+    named = {key: {"kind": kinds[key].__name__} | value for key, value in written.items() if key in kinds and value}
+    return rebuilt({"kind": ResNetConfig.__name__} | written | named, NETWORK)
 
 
 def _tupled(value: Any) -> Any:

@@ -208,7 +208,8 @@ def train(
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
             the last complete epoch or step before.
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
-        ValueError: If the checkpoint belongs to other settings, data, machine or numbers of threads or processes.
+        CheckpointError: If the checkpoint is damaged or belongs to other settings, data, machine or numbers of threads
+            or processes; a ValueError.
     """
     with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
         job = Job(model, data, config, loss, group, after_backward, progress)
