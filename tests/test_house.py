@@ -19,10 +19,22 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each may import from earlier rows only, and not from its own row. docs/design.md, section 3.
 ROWS = [
-    ["schedules", "spectra", "linear", "names", "memory", "vision", "calls", "readings", "processes", "bytes"],
+    [
+        "schedules",
+        "spectra",
+        "linear",
+        "names",
+        "memory",
+        "vision",
+        "calls",
+        "readings",
+        "processes",
+        "bytes",
+        "effects",
+    ],
     ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
-    ["cutting", "data", "checkpoints", "conclusions", "layers"],
+    ["cutting", "data", "checkpoints", "conclusions", "layers", "drawing"],
     ["models", "profiles", "titles", "facts", "stability"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
@@ -30,7 +42,8 @@ ROWS = [
     ["report"],
     ["results", "flags", "runfolders"],
     ["runs"],
-    ["runindex"],
+    ["runindex", "claims"],
+    ["experiments"],
     ["commands"],
     ["cli"],
 ]

@@ -1,0 +1,36 @@
+"""What a run costs: minutes on one core, predicted from its network and its images before it starts."""
+
+import math
+
+from residuum.runs import Job, Run
+
+# Measured with benchmarks/training.py's step on one core of an AMD EPYC (Zen 4), torch 2.13, batches of 32 to 128,
+# widths 4 to 64 at 28x28 and 32x32: milliseconds of forward and backward per image, block and pixel are A + B width^2.
+# Predictions are within a factor of two of what was measured there; other machines differ by another factor.
+A, B = 1.5e-4, 1.15e-6
+FORWARD = 1 / 3  # part of a training step that a forward alone takes
+STEP = 5e-3  # seconds per step beside the images' own: dispatch, per 10 blocks
+COUNTS = {"digits": (1297, 500, 8), "mnist": (60_000, 10_000, 28), "fashion-mnist": (60_000, 10_000, 28)}
+USUAL = (50_000, 10_000, 32)  # CIFAR and what has no name
+PROBES = 3  # forwards of a measured image, as given and at initialisation, with the usual probes
+
+
+def network_minutes(job: Job) -> float | None:
+    """Predicted minutes of a training and its measurement on one core; None for other jobs.
+
+    The probes are taken to be those that share a walk; interventions cost a forward for each change, and more.
+
+    Args:
+        job: The run.
+    """
+    if not isinstance(job, Run):
+        return None
+    train, test, side = COUNTS.get(job.data.name, USUAL)
+    train, test = job.data.train or train, job.data.test or test
+    image = 1e-3 * sum(
+        blocks * math.ceil(side / 2**section) ** 2 * (A + B * width**2)
+        for section, (blocks, width) in enumerate(zip(job.model.blocks, job.model.widths, strict=True))
+    )
+    steps = math.ceil(train / job.training.batch) * STEP * sum(job.model.blocks) / 10
+    measured = 2 * PROBES * FORWARD * min(job.probe_limit or test, test)
+    return (job.training.epochs * (image * (train + FORWARD * test) + steps) + image * measured) / 60

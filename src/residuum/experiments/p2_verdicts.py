@@ -1,0 +1,221 @@
+"""What P2's claims are tested by: from finished runs to effects, and their thresholds."""
+
+from collections.abc import Callable
+
+from residuum.claims import Obtained, Results, above, at_most, below, between, every
+from residuum.effects import Effect, mean_over, paired, share, slope
+from residuum.experiments.p2_runs import (
+    EPS,
+    Sweep,
+    along,
+    crossing,
+    crossing_over_images,
+    curve,
+    test_errors,
+    within,
+)
+from residuum.indices import stopping_depth
+from residuum.nulls import null_theory
+from residuum.runs import Run
+
+# The paper's own predicted and observed depths differ by up to 15 %, and its optimiser, epochs and decay are unknown.
+TOLERANCE = 0.25
+DOUBLING = (0.75, 1.25)  # slope of "about doubles when L doubles": by 1.7 to 2.4
+LESS_THAN_HALF = 0.585  # slope of "grows by less than half per doubling": log2 1.5
+FLAT = (-0.15, 0.15)  # slope of "no growth": 5 % between L = 70 and 100, about what two seeds differ by
+LIKE_ONE_OVER_L = (-1.2, -0.8)
+FOURFOLD = 0.5  # trained / untrained in section 1; the paper's is 0.24, so half is a clear difference that it exceeds
+SAME = (0.9, 1.1)  # "equal" scaled distances: 11.77 and 11.81
+PUBLISHED = {"mnist": 0.01, "cifar10": 0.0875}  # 1 % for plain networks; ResNet-20 of He et al. 2016, from L = 4 on
+NO_RISE = 0.01  # "stays at the level": one point
+
+
+def _plateau(results: Results, *, sweep: Sweep, index: str, section: int | None, above: int) -> Effect:
+    """Mean of an index over the networks from a depth on."""
+    curves = [curve(results, within(runs, above, 10**6), index, section) for runs in sweep.values()]
+    return mean_over([value for found in curves for value in found.values()], "networks")
+
+
+def near(results: Results, *, sweep: Sweep, index: str, section: int | None, above: int, expected: float) -> Obtained:
+    """A number of the paper, on the plateau, within the tolerance."""
+    effect = _plateau(results, sweep=sweep, index=index, section=section, above=above)
+    return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
+
+
+def predicts(results: Results, *, sweep: Sweep, section: int | None, above: int, expected: float) -> Obtained:
+    """The depth that the stopping rule gives, within the tolerance."""
+    effect = _predicted(results, sweep=sweep, section=section, above=above)
+    return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
+
+
+def _predicted(results: Results, *, sweep: Sweep, section: int | None, above: int) -> Effect:
+    """Depth by the stopping rule; of the whole network the sum of its sections'."""
+    if section is None:
+        parts = [_predicted(results, sweep=sweep, section=s, above=above) for s in range(3)]
+        ends = (sum(p.value for p in parts), sum(p.low for p in parts), sum(p.high for p in parts))
+        return Effect(*ends, parts[0].n, "networks, ends added up", parts[0].level)
+    d = _plateau(results, sweep=sweep, index="scaled_distance", section=section, above=above)
+    ends = (d.value, max(0.0, d.low), d.high)
+    return Effect(*(_depth(end) for end in ends), d.n, d.over, d.level)
+
+
+def _depth(distance: float) -> float:
+    """The stopping rule's depth; infinite where the end of an interval is."""
+    return float(stopping_depth(distance, EPS)) if distance < float("inf") else distance
+
+
+def _slope(
+    results: Results,
+    *,
+    sweep: Sweep,
+    index: str,
+    section: int | None,
+    low: int,
+    high: int,
+    network: str = "measured",
+) -> dict[int, Effect]:
+    """Log-log slope in a range of depths, by seed."""
+    curves = {s: curve(results, within(r, low, high), index, section, network=network) for s, r in sweep.items()}
+    return {seed: slope(list(found), list(found.values())) for seed, found in curves.items()}
+
+
+def sloped(
+    results: Results,
+    *,
+    sweep: Sweep,
+    index: str,
+    section: int | None,
+    low: int,
+    high: int,
+    bounds: tuple[float, float],
+) -> Obtained:
+    """A slope in its bounds: over seeds, or for one seed by the regression."""
+    found = _slope(results, sweep=sweep, index=index, section=section, low=low, high=high)
+    effects = list(found.values())
+    return between(effects[0] if len(effects) == 1 else mean_over([effect.value for effect in effects]), *bounds)
+
+
+def shaped(results: Results, *, jobs: tuple[Run, ...], section: int, of: Callable[[list[float]], float]) -> Obtained:
+    """Whether the shape of the steps along a section is on average above 0, over networks."""
+    return above(mean_over([of(along(results, run, "perturbation", section)) for run in jobs], "networks"), 0.0)
+
+
+def earlier(steps: list[float]) -> float:
+    """First half less second half, by the mean; the middle block of an odd number is in none."""
+    half = len(steps) // 2
+    return (sum(steps[:half]) - sum(steps[len(steps) - half :])) / max(1, half) / (sum(steps) / len(steps))
+
+
+def ends(steps: list[float]) -> float:
+    """First and last eighth (at least a block) less the middle half (at least a block), by the mean."""
+    eighth, quarter = max(1, len(steps) // 8), (len(steps) - 1) // 4
+    ends, middle = steps[:eighth] + steps[-eighth:], steps[quarter : len(steps) - quarter]
+    return (sum(ends) / len(ends) - sum(middle) / len(middle)) / (sum(steps) / len(steps))
+
+
+def _observed(results: Results, *, sweep: Sweep, section: int) -> tuple[Effect, int]:
+    """Crossing of a section, over seeds (one: images), and how many sweeps do not reach it and count as deepest."""
+    index, deepest = "mean_scaled_perturbation", float(max(next(iter(sweep.values()))))
+    depths = [crossing(curve(results, runs, index, section)) for runs in sweep.values()]
+    beyond = sum(depth > deepest for depth in depths)
+    if len(depths) == 1 and not beyond:
+        return crossing_over_images(results, next(iter(sweep.values())), section, deepest), 0
+    return mean_over([min(depth, deepest) for depth in depths]), beyond
+
+
+def crossed(results: Results, *, sweep: Sweep, section: int | None, expected: float) -> Obtained:
+    """Within the tolerance; where the deepest networks are still above 0.1, only a too small range can be excluded."""
+    parts = [_observed(results, sweep=sweep, section=s) for s in (range(3) if section is None else (section,))]
+    low, high = (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected
+    ends = (sum(e.value for e, _ in parts), sum(e.low for e, _ in parts), sum(e.high for e, _ in parts))
+    effect = Effect(*ends, parts[0][0].n, parts[0][0].over + (", ends added up" if section is None else ""))
+    if not any(beyond for _, beyond in parts):
+        return between(effect, low, high)
+    said = f"above {effect.value:.4g}: not reached by the deepest network; must be between {low:g} and {high:g}"
+    return Obtained(said, "fail" if effect.value > high else "inconclusive")
+
+
+def foreseen(results: Results, *, sweep: Sweep, above: int) -> Obtained:
+    """Observed by predicted depth, in every section; the interval is that of the observed."""
+    parts = []
+    for section in range(3):
+        effect, beyond = _observed(results, sweep=sweep, section=section)
+        by = _predicted(results, sweep=sweep, section=section, above=above).value
+        if beyond or not by:
+            return Obtained(f"section {section + 1} does not reach {EPS:g}", "inconclusive")
+        ratio = Effect(effect.value / by, effect.low / by, effect.high / by, effect.n, effect.over)
+        parts.append(between(ratio, 1 - TOLERANCE, 1 + TOLERANCE))
+    return every(parts)
+
+
+def as_good(results: Results, *, sweep: Sweep, images: int, worst: float) -> Obtained:
+    """The worst network of all depths and seeds; it is at most so bad only if all are."""
+    errors = [error for runs in sweep.values() for depth, error in test_errors(results, within(runs, 4, 999)).items()]
+    errors = errors or [error for runs in sweep.values() for error in test_errors(results, runs).values()]
+    return at_most(share(round(max(errors) * images), images), worst)
+
+
+def no_worse(results: Results, *, sweep: Sweep) -> Obtained:
+    """One-sided bound of 95 % on the rise from the shallowest to the deepest network."""
+    found = {seed: test_errors(results, runs) for seed, runs in sweep.items()}
+    deep = {seed: curve[max(curve)] for seed, curve in found.items()}
+    return at_most(paired(deep, {seed: curve[min(curve)] for seed, curve in found.items()}, level=0.9), NO_RISE)
+
+
+def as_theory(results: Results, *, sweep: Sweep, depth: int) -> Obtained:
+    """Scaled distance of untrained networks by that of the theory, in every section."""
+    parts = []
+    for s, theory in enumerate(null_theory((depth,) * 3)):
+        found = [
+            curve(results, within(r, depth, depth), "scaled_distance", s, network="initial") for r in sweep.values()
+        ]
+        ratios = [c[depth] / theory.scaled_distance for c in found]
+        effect = mean_over(ratios) if len(ratios) > 1 else Effect(ratios[0], ratios[0], ratios[0], 1, "network")
+        parts.append(between(effect, 1 - TOLERANCE, 1 + TOLERANCE))
+    return every(parts)
+
+
+def shorter(results: Results, *, sweep: Sweep, depth: int) -> Obtained:
+    """Scaled distance of section 1, trained by untrained, of the same seeds."""
+    ratios = []
+    for runs in sweep.values():
+        both = [curve(results, runs, "scaled_distance", 0, network=n)[depth] for n in ("measured", "initial")]
+        ratios.append(both[0] / both[1])
+    return at_most(mean_over(ratios), FOURFOLD)
+
+
+def faster(results: Results, *, sweep: Sweep, section: int, low: int) -> Obtained:
+    """Slopes of the same seeds, trained less untrained; below 0 means that training made the fall steeper."""
+    both = [
+        _slope(
+            results,
+            sweep=sweep,
+            index="mean_scaled_perturbation",
+            section=section,
+            low=low,
+            high=10**6,
+            network=network,
+        )
+        for network in ("measured", "initial")
+    ]
+    values = [{seed: effect.value for seed, effect in found.items()} for found in both]
+    return below(paired(*values), 0.0)
+
+
+def slower(results: Results, *, after: tuple[Sweep, str], before: tuple[Sweep, str]) -> Obtained:
+    """Slopes of the scaled distance, one sweep less another, of the same seeds."""
+    values = []
+    for sweep, network in (after, before):
+        found = _slope(results, sweep=sweep, index="scaled_distance", section=None, low=0, high=10**6, network=network)
+        values.append({seed: effect.value for seed, effect in found.items()})
+    return below(paired(*values), 0.0)
+
+
+def ratio(results: Results, *, sweeps: list[Sweep], index: str, above: int, low: float, high: float | None) -> Obtained:
+    """CIFAR-10 by MNIST, network by network of equal depth and seed."""
+    ratios = []
+    for hard, easy in zip(sweeps[0].values(), sweeps[1].values(), strict=True):
+        ours, theirs = (curve(results, within(runs, above, 10**6), index, None) for runs in (hard, easy))
+        ratios += [ours[depth] / theirs[depth] for depth in ours if depth in theirs]
+    effect = mean_over(ratios, "pairs of networks")
+    return above(effect, low) if high is None else between(effect, low, high)
