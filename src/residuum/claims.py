@@ -207,7 +207,6 @@ class Judged:
             "obtained": self.obtained,
             "verdict": self.verdict,
             "effects": [effect.describe() for effect in self.effects],
-            "runs": [job.key for job in self.claim.jobs],
         }
 
 
@@ -221,10 +220,11 @@ def judge(claim: Claim, results: Results) -> Judged:
         results: Finished runs by key, of this and other claims.
     """
     if claim.test is None:
-        return Judged(claim, f"no run of this scale: {claim.limits}", NOT_RUN)
-    missing = sum(job.key not in results for job in claim.jobs)
+        return Judged(claim, "no run of this scale can tell", NOT_RUN)
+    runs = {job.key for job in claim.jobs}
+    missing = len(runs - results.keys())
     if missing:
-        return Judged(claim, f"{missing} of {len(claim.jobs)} runs missing", NOT_RUN)
+        return Judged(claim, f"{missing} of {len(runs)} runs missing", NOT_RUN)
     try:
         found = claim.test(results)
     except ValueError as error:

@@ -216,13 +216,21 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _function(name: str, weights: str) -> LoadedModel:
-    """What a function in a file of the user's returns. This runs the file."""
+def returned(name: str) -> Any:
+    """What a function without arguments in a file of the user's returns. This runs the file.
+
+    Args:
+        name: "path/to/file.py:function".
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the name has another form, there is no such function (the nearest are offered), or it fails.
+    """
     file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"{name!r} names no function; write path/to/file.py:function")
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such file: {file}")
-    if weights == "random":
-        raise ValueError(f"{name} decides about its weights; name a function that returns random ones")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(file).resolve().parent))
@@ -231,16 +239,24 @@ def _function(name: str, weights: str) -> LoadedModel:
         make = getattr(module, function, None)
         if not callable(make):
             raise unknown("function", function, [key for key, value in vars(module).items() if callable(value)])
-        model = make()
+        return make()
     except ValueError:
         raise
     except Exception as error:  # the user's own code: any error of it is shown as its, in one line
         raise ValueError(f"{name} failed with {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
+
+
+def _function(name: str, weights: str) -> LoadedModel:
+    """What a function in a file of the user's returns. This runs the file."""
+    if weights == "random" and Path(name.rpartition(":")[0]).is_file():
+        raise ValueError(f"{name} decides about its weights; name a function that returns random ones")
+    model = returned(name)
+    function = name.rpartition(":")[2]
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it must return a torch.nn.Module")
-    name = f"{Path(file).name}:{function}"
+    name = f"{Path(name.rpartition(':')[0]).name}:{function}"
     if weights == "pretrained":
         return LoadedModel(model, name, f"as {function} returned them", Reads())
     load_weights_(model, Path(weights))

@@ -1,4 +1,4 @@
-"""Memory of the process: keep what was freed, so that large tensors do not fault their pages in anew at every step."""
+"""Memory: what the machine has left; keep what was freed, so that large tensors do not fault their pages in anew."""
 
 import ctypes
 import sys
@@ -23,3 +23,12 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, 0x7FFFFFFF))
+
+
+def available() -> int | None:
+    """Bytes of memory that processes can still take before the machine swaps; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None

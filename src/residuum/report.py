@@ -3,7 +3,7 @@
 import json
 import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from residuum import readings
+from residuum.charts import Chart
 from residuum.files import write_atomically
 from residuum.folders import Result, read
 from residuum.panels import many_panels, one_panels, tables
@@ -51,11 +52,29 @@ def render(results: Sequence[Result]) -> str:
     Args:
         results: One result to be explained, or several to be compared.
     """
+    panels = one_panels(results[0]) if len(results) == 1 else many_panels(results)
+    content = {
+        "results": results,
+        "panels": panels,
+        "facts": tables(results),
+        "sizes": readings.SIZES,
+        "comparable": _comparable(results),
+    }
+    return fill("report.html.j2", content, [panel.chart for panel in panels.values()])
+
+
+def fill(template: str, content: Mapping[str, Any], charts: Sequence[Chart]) -> str:
+    """A self-contained page: a template with its content, the style, and the script that draws the charts.
+
+    Args:
+        template: Its file name.
+        content: What it shows, by the names it uses; text is escaped.
+        charts: What the script draws, each into the element "chart-ID" of the template.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    panels = one_panels(results[0]) if len(results) == 1 else many_panels(results)
     environment = Environment(
         loader=PackageLoader("residuum", "templates"),
         autoescape=True,
@@ -72,18 +91,14 @@ def render(results: Sequence[Result]) -> str:
         "settings": partial(readings.settings, names={repr(rate): name for name, rate in RATES.items()}),
     }
     parts = Path(__file__).with_name("templates")
-    js, plotly = (parts / "report.js").read_text(encoding="utf-8"), get_plotlyjs()
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        panels=panels,
-        facts=tables(results),
-        data=Markup(script_json({"charts": [panel.chart for panel in panels.values()]})),
+    js, plotly = (parts / "report.js").read_text(encoding="utf-8"), get_plotlyjs() if charts else ""
+    return environment.get_template(template).render(
+        **content,
+        data=Markup(script_json({"charts": list(charts)})),
         css=Markup((parts / "report.css").read_text(encoding="utf-8")),
         js=Markup(js),
         plotly=Markup(plotly),
         policy=policy((plotly, js)),
-        sizes=readings.SIZES,
-        comparable=_comparable(results),
     )
 
 

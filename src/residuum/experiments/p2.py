@@ -105,9 +105,9 @@ def _places() -> list[tuple[str, int | None, str]]:
 
 def _distances(scale: str, data: str) -> list[Claim]:
     """The plateau of distances, absolute and scaled, and the depths that they predict."""
-    sweep, above = sweep_of(scale, data), SCALES[scale].plateau
-    jobs = runs_in(sweep, [d for d in SCALES[scale].depths if d >= above])
-    unless = "" if jobs else f"the plateau begins at L = {above}; this scale ends at {max(SCALES[scale].depths)}"
+    sweep, start = sweep_of(scale, data), SCALES[scale].plateau
+    jobs = runs_in(sweep, [d for d in SCALES[scale].depths if d >= start])
+    unless = "" if jobs else f"the plateau begins at L = {start}; this scale ends at {max(SCALES[scale].depths)}"
     found = []
     for i, (end, section, words) in enumerate(_places()):
         for name, index, numbers, source, limits in (
@@ -115,14 +115,14 @@ def _distances(scale: str, data: str) -> list[Claim]:
             ("scaled", "scaled_distance", SCALED, "section 3.3, figure 6", UNKNOWN),
         ):
             number = numbers[data][i]
-            test = partial(near, sweep=sweep, index=index, section=section, above=above, expected=number)
+            test = partial(near, sweep=sweep, index=index, section=section, start=start, expected=number)
             what = f"{SETS[data]}, {words}: the {'scaled ' if name == 'scaled' else ''}distance of deep networks"
             text = f"{what} is {number:g}"
             known = f"{number:g}" + (" (sum of the sections)" if name == "scaled" and section is None else "")
             label = f"{data}-{name}-{end}"
             found.append(_claim(label, f"P2, {source}", text, known, test, jobs=jobs, limits=limits, unless=unless))
         depth = PREDICTED[data][i]
-        test = partial(predicts, sweep=sweep, section=section, above=above, expected=depth)
+        test = partial(predicts, sweep=sweep, section=section, start=start, expected=depth)
         text = f"{SETS[data]}, {words}: the stopping rule predicts {depth} blocks for a mean step of {EPS:g}"
         printed = f"; printed {PRINTED[data][i]}, exchanged between the data sets" if section is not None else ""
         known = f"{depth} (recomputed{printed})"
@@ -193,7 +193,7 @@ def _crossings(scale: str, data: str) -> list[Claim]:
         source, label = "P2, section 3.5.1, figure 7", f"{data}-crossing-{end}"
         found.append(_claim(label, source, text, str(number), test, jobs=runs_in(sweep), limits=UNKNOWN))
     unless = "" if max(at.depths) >= at.plateau else f"the prediction needs the plateau from L = {at.plateau}"
-    test = partial(foreseen, sweep=sweep, above=at.plateau)
+    test = partial(foreseen, sweep=sweep, start=at.plateau)
     text = f"{SETS[data]}: the stopping rule predicts the depth at which {EPS:g} is reached, in every section"
     known = "observed / predicted within 25 % of 1; in the paper 0.87 to 1.12"
     source, label = "P2, section 3.5.1, numbers recomputed", f"{data}-rule"
@@ -283,7 +283,7 @@ def _between_data(scale: str) -> list[Claim]:
     """What the two data sets have and have not in common."""
     sweeps, at = [sweep_of(scale, data) for data in ("cifar10", "mnist")], SCALES[scale]
     jobs = tuple(run for sweep in sweeps for run in runs_in(sweep))
-    test = partial(ratio, sweeps=sweeps, index="computational_distance", above=0, low=1.0, high=None)
+    test = partial(ratio, sweeps=sweeps, index="computational_distance", start=0, low=1.0, high=None)
     text = "The distance is longer on CIFAR-10 than on MNIST: harder data need more transformation"
     first = _claim(
         "harder",
@@ -295,7 +295,7 @@ def _between_data(scale: str) -> list[Claim]:
         limits=f"{SIZES} Images of CIFAR-10 are larger; see the scaled distance.",
     )
     deep = tuple(run for sweep in sweeps for run in runs_in(sweep, [d for d in at.depths if d >= at.plateau]))
-    test = partial(ratio, sweeps=sweeps, index="scaled_distance", above=at.plateau, low=SAME[0], high=SAME[1])
+    test = partial(ratio, sweeps=sweeps, index="scaled_distance", start=at.plateau, low=SAME[0], high=SAME[1])
     text = "The scaled distance is the same on CIFAR-10 and MNIST: relative to the state nothing more is transformed"
     source, known = "P2's numbers, section 3.3; the reading is ours", "ratio 0.9 to 1.1; 11.77 / 11.81"
     unless = "" if deep else f"the plateau begins at L = {at.plateau}"

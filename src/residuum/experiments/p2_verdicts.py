@@ -30,31 +30,31 @@ PUBLISHED = {"mnist": 0.01, "cifar10": 0.0875}  # 1 % for plain networks; ResNet
 NO_RISE = 0.01  # "stays at the level": one point
 
 
-def _plateau(results: Results, *, sweep: Sweep, index: str, section: int | None, above: int) -> Effect:
+def _plateau(results: Results, *, sweep: Sweep, index: str, section: int | None, start: int) -> Effect:
     """Mean of an index over the networks from a depth on."""
-    curves = [curve(results, within(runs, above, 10**6), index, section) for runs in sweep.values()]
+    curves = [curve(results, within(runs, start, 10**6), index, section) for runs in sweep.values()]
     return mean_over([value for found in curves for value in found.values()], "networks")
 
 
-def near(results: Results, *, sweep: Sweep, index: str, section: int | None, above: int, expected: float) -> Obtained:
+def near(results: Results, *, sweep: Sweep, index: str, section: int | None, start: int, expected: float) -> Obtained:
     """A number of the paper, on the plateau, within the tolerance."""
-    effect = _plateau(results, sweep=sweep, index=index, section=section, above=above)
+    effect = _plateau(results, sweep=sweep, index=index, section=section, start=start)
     return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
 
 
-def predicts(results: Results, *, sweep: Sweep, section: int | None, above: int, expected: float) -> Obtained:
+def predicts(results: Results, *, sweep: Sweep, section: int | None, start: int, expected: float) -> Obtained:
     """The depth that the stopping rule gives, within the tolerance."""
-    effect = _predicted(results, sweep=sweep, section=section, above=above)
+    effect = _predicted(results, sweep=sweep, section=section, start=start)
     return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
 
 
-def _predicted(results: Results, *, sweep: Sweep, section: int | None, above: int) -> Effect:
+def _predicted(results: Results, *, sweep: Sweep, section: int | None, start: int) -> Effect:
     """Depth by the stopping rule; of the whole network the sum of its sections'."""
     if section is None:
-        parts = [_predicted(results, sweep=sweep, section=s, above=above) for s in range(3)]
+        parts = [_predicted(results, sweep=sweep, section=s, start=start) for s in range(3)]
         ends = (sum(p.value for p in parts), sum(p.low for p in parts), sum(p.high for p in parts))
         return Effect(*ends, parts[0].n, "networks, ends added up", parts[0].level)
-    d = _plateau(results, sweep=sweep, index="scaled_distance", section=section, above=above)
+    d = _plateau(results, sweep=sweep, index="scaled_distance", section=section, start=start)
     ends = (d.value, max(0.0, d.low), d.high)
     return Effect(*(_depth(end) for end in ends), d.n, d.over, d.level)
 
@@ -135,12 +135,12 @@ def crossed(results: Results, *, sweep: Sweep, section: int | None, expected: fl
     return Obtained(said, "fail" if effect.value > high else "inconclusive")
 
 
-def foreseen(results: Results, *, sweep: Sweep, above: int) -> Obtained:
+def foreseen(results: Results, *, sweep: Sweep, start: int) -> Obtained:
     """Observed by predicted depth, in every section; the interval is that of the observed."""
     parts = []
     for section in range(3):
         effect, beyond = _observed(results, sweep=sweep, section=section)
-        by = _predicted(results, sweep=sweep, section=section, above=above).value
+        by = _predicted(results, sweep=sweep, section=section, start=start).value
         if beyond or not by:
             return Obtained(f"section {section + 1} does not reach {EPS:g}", "inconclusive")
         ratio = Effect(effect.value / by, effect.low / by, effect.high / by, effect.n, effect.over)
@@ -211,11 +211,11 @@ def slower(results: Results, *, after: tuple[Sweep, str], before: tuple[Sweep, s
     return below(paired(*values), 0.0)
 
 
-def ratio(results: Results, *, sweeps: list[Sweep], index: str, above: int, low: float, high: float | None) -> Obtained:
+def ratio(results: Results, *, sweeps: list[Sweep], index: str, start: int, low: float, high: float | None) -> Obtained:
     """CIFAR-10 by MNIST, network by network of equal depth and seed."""
     ratios = []
     for hard, easy in zip(sweeps[0].values(), sweeps[1].values(), strict=True):
-        ours, theirs = (curve(results, within(runs, above, 10**6), index, None) for runs in (hard, easy))
+        ours, theirs = (curve(results, within(runs, start, 10**6), index, None) for runs in (hard, easy))
         ratios += [ours[depth] / theirs[depth] for depth in ours if depth in theirs]
     effect = mean_over(ratios, "pairs of networks")
     return above(effect, low) if high is None else between(effect, low, high)

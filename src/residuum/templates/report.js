@@ -15,6 +15,7 @@
   var SHAPES = {
     circle: "M5 9a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", square: "M5 5h8v8h-8z", diamond: "M9 4l5 5l-5 5l-5 -5z",
     "triangle-up": "M9 4l5 9h-10z", "triangle-down": "M9 14l5 -9h-10z", cross: "M7.5 5h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
+    star: "M9 3l1.8 4h4.2l-3.4 2.8l1.3 4.2l-3.9 -2.5l-3.9 2.5l1.3 -4.2l-3.4 -2.8h4.2z",
     x: "M5 6l1 -1l3 3l3 -3l1 1l-3 3l3 3l-1 1l-3 -3l-3 3l-1 -1l3 -3z",
   };
   var DASHES = { solid: "", dash: "6 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3" };
@@ -29,6 +30,7 @@
   }
 
   function style(series) {
+    if (series.drawn) return series.drawn;
     if (typeof series.shade === "number") return { color: shade(series.shade), fill: "rgba(0,0,0,0)", dash: "solid", symbol: "circle" };
     var base = STYLES[series.style % STYLES.length];
     // An eighth profile takes up the first colour again, with the next one's dash and marker.
@@ -89,7 +91,7 @@
     var axis = { title: { text: chart.x.title, standoff: 8 }, zeroline: false, gridcolor: "#e4e4e4", automargin: true, fixedrange: coarse() };
     if (chart.x.kind === "plain") {
       axis.type = chart.x.log ? "log" : "linear";
-      if (!chart.x.log && extent(chart)[1] - extent(chart)[0] <= 12) axis.dtick = 1; // counts have no halves
+      if (!chart.x.log && counts(chart) && extent(chart)[1] - extent(chart)[0] <= 12) axis.dtick = 1; // counts have no halves
       if (chart.x.log) {
         axis.tickvals = logTicks(extent(chart)); axis.ticktext = axis.tickvals.map(String);
         axis.range = [Math.log10(extent(chart)[0] / 1.6), Math.log10(extent(chart)[1] * 1.6)];
@@ -130,6 +132,10 @@
     var values = [];
     chart.series.forEach(function (s) { values = values.concat(s.y.filter(function (v) { return v !== null && v > 0; })); });
     return [Math.min.apply(null, values), Math.max.apply(null, values)];
+  }
+
+  function counts(chart) {
+    return chart.series.every(function (s) { return s.x.every(function (v) { return v === null || v % 1 === 0; }); });
   }
 
   // The smallest and the largest position from left to right.
@@ -213,7 +219,7 @@
       svg.appendChild(p);
     }
     if (series.mode !== "markers") path("M-13 9h44", { stroke: s.color, "stroke-width": 2, "stroke-dasharray": DASHES[s.dash] });
-    path(SHAPES[s.symbol.replace("-open", "")], { fill: series.fresh ? "#fff" : s.color, stroke: s.color, "stroke-width": 1.5 });
+    if (series.mode !== "lines") path(SHAPES[s.symbol.replace("-open", "")], { fill: series.fresh ? "#fff" : s.color, stroke: s.color, "stroke-width": 1.5 });
     return svg;
   }
 

@@ -1,0 +1,237 @@
+"""Reproducing: the runs of papers carried out or found, their figures drawn, every claim given its verdict."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from residuum import experiments
+from residuum.claims import NOT_RUN, Claim, Figure, Judged, Results, Study, judge, together
+from residuum.drawing import save, style
+from residuum.files import write_atomically, write_json
+from residuum.names import unknown
+from residuum.pages import Shown, counts, markdown, page, shown
+from residuum.runs import DataConfig, Finished, Job, Run, finished
+
+FORMAT = 1  # of claims.json
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is reproduced.
+
+    Attributes:
+        scale: tiny, small or paper.
+        studies: Of all papers, since the table of claims is always whole.
+        parts: The figures and claims that were asked for.
+    """
+
+    scale: str
+    studies: tuple[Study, ...]
+    parts: tuple[Figure | Claim, ...]
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The runs that are needed, each once."""
+        return together(self.parts)
+
+
+def choose(scale: str, ids: Sequence[str]) -> Choice:
+    """Figures and claims by their names.
+
+    Args:
+        scale: tiny, small or paper.
+        ids: Names of papers, figures or claims; none: all papers.
+
+    Raises:
+        ValueError: If a name or the scale is unknown; the nearest are offered.
+    """
+    studies = tuple(experiments.study(paper, scale) for paper in experiments.PAPERS)
+    known: dict[str, tuple[Figure | Claim, ...]] = {}
+    for study in studies:
+        known[study.paper] = (*study.figures, *study.claims)
+        known |= {part.id: (part,) for part in known[study.paper]}
+    for name in ids:
+        if name not in known:
+            raise unknown("figure, claim or paper", name, known)
+    wanted = [part for name in ids or [study.paper for study in studies] for part in known[name]]
+    return Choice(scale, studies, tuple({part.id: part for part in wanted}.values()))
+
+
+def stand_ins(jobs: Sequence[Job], files: Mapping[str, Path]) -> dict[str, Job]:
+    """What is run for each job, by the key of the job: the same on a file in the place of a data set with a name.
+
+    The runs have keys of their own, made of the file's content: they are other data.
+
+    Args:
+        jobs: What the studies ask for.
+        files: A file FILE.npz by the name of the data set that it is read for.
+
+    Raises:
+        FileNotFoundError: If a file is not there.
+        ValueError: If no run reads a data set of that name.
+    """
+    names = {job.data.name for job in jobs if isinstance(job, Run)}
+    for name in files:
+        if name not in names:
+            raise unknown("data set to be read from a file", name, sorted(names))
+    read = {name: DataConfig(str(path)) for name, path in files.items()}  # their content is looked at once
+    found: dict[str, Job] = {}
+    for job in jobs:
+        given = read.get(job.data.name) if isinstance(job, Run) else None
+        data = given and replace(job.data, name=given.name, sha256=given.sha256)
+        found[job.key] = replace(job, data=data) if data else job
+    return found
+
+
+def gather(jobs: Mapping[str, Job], out: Path) -> dict[str, Finished]:
+    """The runs that are complete, by the key under which studies ask for them.
+
+    Args:
+        jobs: What was run for each, by that key.
+        out: Folder of runs; one that is not there has none.
+    """
+    found = {key: finished(job, out) for key, job in jobs.items()}
+    return {key: run for key, run in found.items() if run is not None}
+
+
+def listing(choice: Choice, results: Results) -> str:
+    """What is asked for as a table for the screen: runs, how many are complete, and predicted minutes of one core.
+
+    Figures and claims that were named have a row each; of a whole paper its claims have one together.
+    """
+    rows = [("", "runs", "complete", "minutes left", "")]
+    for study in choice.studies:
+        cost = study.minutes
+        figures = [part for part in study.figures if part in choice.parts]
+        claims = [part for part in study.claims if part in choice.parts]
+        rows += [(part.id, *_cost([part], cost, results), part.caption) for part in figures]
+        if len(claims) == len(study.claims):
+            rows.append((f"{study.paper} claims", *_cost(claims, cost, results), f"{len(claims)} claims"))
+        else:
+            rows += [(part.id, *_cost([part], cost, results), part.statement) for part in claims]
+    minutes = {job.key: study.minutes(job) for study in choice.studies for job in study.jobs}
+    rows.append(("together", *_cost(choice.parts, lambda job: minutes[job.key], results), ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), _short(row[4])]).rstrip()
+        for row in rows
+    )
+
+
+def _cost(
+    parts: Sequence[Figure | Claim], minutes: Callable[[Job], float | None], results: Results
+) -> tuple[str, str, str]:
+    """Runs, how many are complete, and predicted minutes of the others."""
+    jobs = together(parts)
+    left = [minutes(job) for job in jobs if job.key not in results]
+    known = [cost for cost in left if cost is not None]
+    open_ends = f" + {len(left) - len(known)} unknown" if len(known) < len(left) else ""
+    return str(len(jobs)), str(len(jobs) - len(left)), f"{sum(known):,.1f}{open_ends}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] = ()) -> dict[str, list[Judged]]:
+    """Draw the figures that were asked for, judge every claim, and write OUT/<scale>/.
+
+    Of each paper there is a page p2.html and its figures in p2/; claims.json, claims.md and claims.html hold all claims
+    of all papers. Each file appears complete or not at all, claims.json last: a report that was interrupted is
+    written again by the same command with --check.
+
+    Args:
+        choice: What was asked for.
+        results: Finished runs by the key under which studies ask for them.
+        out: Folder of runs.
+        notes: What a reader must know besides, such as which files were read.
+
+    Returns:
+        The claims with their verdicts, by paper.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    folder = Path(out) / choice.scale
+    judged = {study.paper: [judge(claim, results) for claim in study.claims] for study in choice.studies}
+    versions = _versions(results)
+    for study in choice.studies:
+        asked = [figure for figure in study.figures if figure in choice.parts]
+        if asked:
+            figures = [_drawn(figure, results, folder / study.paper) for figure in asked]
+            heading = f"{study.paper.upper()}: {study.title}"
+            about = [f"Scale {study.scale}: {study.about}", *notes, *versions]
+            text = page(heading, about, figures, [("Claims of this paper", judged[study.paper])])
+            _write(folder / f"{study.paper}.html", text)
+    tables = [(f"{study.paper.upper()}, {study.title}", judged[study.paper]) for study in choice.studies]
+    about = [f"{study.paper.upper()}, scale {study.scale}: {study.about}" for study in choice.studies]
+    title = f"Claims of the papers at scale {choice.scale}"
+    _write(folder / "claims.md", markdown(title, [*about, *notes, *versions], tables))
+    _write(folder / "claims.html", page(title, [*about, *notes, *versions], [], tables))
+    content = {"format": FORMAT, "scale": choice.scale, "notes": [*about, *notes, *versions]}
+    claims = [
+        {"paper": paper} | one.describe() | {"runs": _keys(one.claim, results)}
+        for paper, found in judged.items()
+        for one in found
+    ]
+    write_json(folder / "claims.json", content | {"claims": claims})
+    return judged
+
+
+def _keys(claim: Claim, results: Results) -> list[str]:
+    """The folders of a claim's runs that are complete."""
+    return [results[job.key].job.key for job in together([claim]) if job.key in results]
+
+
+def _drawn(figure: Figure, results: Results, folder: Path) -> Shown:
+    """A figure drawn and written, and as a page shows it."""
+    runs = {job.key for job in figure.jobs}
+    missing = len(runs - results.keys())
+    with style():
+        drawn = figure.draw(results)
+        if drawn is None:
+            return Shown(figure, f"not drawn, {missing} of {len(runs)} runs missing")
+        if missing:
+            drawn.supxlabel(f"{missing} of {len(runs)} runs are missing", fontsize=9, color="#D55E00")
+        folder.mkdir(parents=True, exist_ok=True)
+        save(drawn, folder, figure.id)
+        return shown(figure, drawn)
+
+
+def _versions(results: Results) -> list[str]:
+    """Which versions made the runs, where there are several."""
+    found = Counter(run.provenance["versions"]["residuum"] for run in results.values() if _has_provenance(run))
+    if len(found) < 2:
+        return []
+    return ["Runs were made by " + ", ".join(f"residuum {v} ({n})" for v, n in sorted(found.items())) + "."]
+
+
+def _has_provenance(run: Finished) -> bool:
+    return (run.folder / "provenance.json").is_file()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+
+def summary(judged: Mapping[str, Sequence[Judged]], asked: Sequence[Figure | Claim]) -> list[str]:
+    """Lines for the screen: the verdicts of each paper, and what was obtained for the claims that were asked for.
+
+    Args:
+        judged: By paper.
+        asked: Figures and claims.
+    """
+    wanted = {part.id for part in asked}
+    lines = []
+    for paper, claims in judged.items():
+        here = [one for one in claims if one.claim.id in wanted]
+        lines.append(f"{paper}: {counts(claims)}")
+        if len(here) < len(claims):
+            lines += [f"  {one.claim.id}: {one.verdict}; {one.obtained}" for one in here]
+        else:
+            lines += [f"  failed: {one.claim.statement}: {one.obtained}" for one in here if one.verdict == "fail"]
+            if all(one.verdict == NOT_RUN for one in here) and here:
+                lines.append("  without --check the command carries the runs out")
+    return lines

@@ -1,0 +1,102 @@
+"""What `residuum sweep` does and shows: the runs of a function, an engine for them, how each of them goes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from residuum.engines.pool import Pool
+from residuum.engines.ray import Ray
+from residuum.engines.slurm import Slurm
+from residuum.engines.workers import Doing, Each, Ended, Tell
+from residuum.flags import Sweep
+from residuum.loading import returned
+from residuum.runs import Settings
+from residuum.sweeps import Engine, Outcome, sweep
+
+notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def run(flags: Sweep, command: str) -> None:
+    """Carry out the runs that a function returns, and say what they came to.
+
+    Args:
+        flags: The command's options.
+        command: The command as it was typed.
+
+    Raises:
+        ValueError: If a run is not complete in the end; the message says how many, and where it stands why.
+        KeyboardInterrupt: If it was stopped; the message says how to go on.
+    """
+    engine, jobs = _engine(flags), returned(flags.runs)
+    settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
+    try:
+        outcome = sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
+    _say(outcome, flags)
+
+
+@contextmanager
+def board(names: Mapping[Path, str], before: int) -> Iterator[Tell]:
+    """A bar for all runs, and one for each that is being carried out; a line for each that failed.
+
+    Args:
+        names: The runs by their folders.
+        before: Runs that were complete before.
+
+    Yields:
+        A function that is told what is new.
+    """
+    total, lines = len(names) + before, dict[Path, TaskID]()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=notices) as progress:
+        whole = progress.add_task("runs", total=total, completed=before, text=f"{before} of {total}")
+        ended = before
+
+        def tell(folder: Path, news: Doing | Ended) -> None:
+            nonlocal ended
+            name = names[folder]
+            if isinstance(news, Doing):
+                if folder not in lines:
+                    lines[folder] = progress.add_task(name[:60], text="")
+                progress.update(lines[folder], completed=news.done, total=news.total, text=news.text)
+                return
+            if folder in lines:
+                progress.remove_task(lines.pop(folder))
+            ended += 1
+            progress.update(whole, completed=ended, text=f"{ended} of {total}")
+            if news.state != "complete":
+                notices.print(f"{name} ({folder.name}) failed, {news.kind}: {news.message}")
+            elif not notices.is_terminal:
+                notices.print(f"{name} ({folder.name}) complete, {ended} of {total}")
+
+        yield tell
+
+
+def _engine(flags: Sweep) -> Engine:
+    """The engine that was asked for."""
+    each = Each(minutes=flags.time_limit, memory=flags.memory, gpu=flags.gpu)
+    if flags.engine == "ray":
+        return Ray(flags.workers, each)
+    if flags.engine == "slurm":
+        return Slurm(flags.out.absolute() / "slurm", flags.workers or Slurm.workers, each)
+    return Pool(len(os.sched_getaffinity(0)) if flags.workers is None else flags.workers, each)
+
+
+def _say(outcome: Outcome, flags: Sweep) -> None:
+    """What the sweep came to."""
+    said = ", ".join(f"{count} {state}" for state, count in sorted(outcome.counts.items()))
+    print(f"{said} ({outcome.before} before); residuum runs {flags.out} lists them")
+    rest = sum(outcome.counts.values()) - outcome.counts.get("complete", 0)
+    if rest:
+        again = "; --retry-failed tries those that failed again" if "failed" in outcome.counts else ""
+        raise ValueError(f"{rest} of {sum(outcome.counts.values())} runs are not complete{again}")
