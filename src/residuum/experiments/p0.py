@@ -223,8 +223,12 @@ def _along_strengths(scale: str, data: str) -> list[Claim]:
             runs=tuple(cells),
         )
         for name, source, words, of in (
-            ("gradual", f"{ABSTRACT}: recurrence regularisation", "blocks are the more interchangeable, the stronger the "
-             "coupling", recurrence_of),
+            (
+                "gradual",
+                f"{ABSTRACT}: recurrence regularisation",
+                "blocks are the more interchangeable, the stronger the coupling",
+                recurrence_of,
+            ),
             ("sharing", DERIVED, "weights stay the more alike, the stronger the coupling", sharing_of),
         )
     ]
@@ -234,8 +238,9 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
     """Networks that are recurrent to the bit, those with group norm, and the order of limits."""
     free = of_cell(scale, data, FREE)
     one, bounded, group, grouped = (of_cell(scale, data, cell) for cell in (*RECURRENT, *GROUP))
-    bounds = sorted(SCALES[scale].bounds + (BOUND,), reverse=True)
+    bounds = sorted((*SCALES[scale].bounds, BOUND), reverse=True)
     limits = [free, *(of_cell(scale, data, Cell(0.0, c, limited(data)[0].clipped)) for c in bounds)]
+    words = ", ".join(("none", *(f"{c:g}" for c in bounds)))
     every_statistic = "Each application is trained with the statistics of its own batches, evaluated with common ones."
     return [
         _claim(
@@ -258,8 +263,8 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
         _claim(
             f"{data}-one-block",
             DERIVED,
-            f"{SETS[data]}: networks of one recurrent block have recurrence 1 and the same curve for dropping the first "
-            "and the last blocks, to the bit",
+            f"{SETS[data]}: networks of one recurrent block have recurrence 1 and lose the same without their first "
+            "blocks as without their last, to the bit",
             ONE_BLOCK,
             partial(one_block, cells=(one, bounded)),
             runs=(one, bounded),
@@ -267,7 +272,7 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
         _claim(
             f"{data}-5-gradual",
             f"{ABSTRACT}: the Lipschitz constraint makes networks convergent",
-            f"{SETS[data]}: networks settle the earlier, the lower the limit (none, {', '.join(f'{c:g}' for c in bounds)})",
+            f"{SETS[data]}: networks settle the earlier, the lower the limit ({words})",
             "rank correlation above 0, mean over seeds",
             partial(rises_along, cells=limits, of=convergence_of),
             runs=tuple(limits),
