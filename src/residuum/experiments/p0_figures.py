@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 Drawn = "matplotlib.figure.Figure | None"
 Table = Mapping[Cell, Seeds]  # the networks of one data set
 BARS = "Means over seeds; bars: their standard deviation, where there are several."
-STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, all")
-ALONG = "coupling strength (1, all: one recurrent block)"
+STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1, all")
+ALONG = "coupling strength (sum: of gradients; all: one recurrent block)"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
@@ -252,9 +252,14 @@ def _by_limit(table: Table, data: str) -> dict[float | None, dict[Cell, Seeds]]:
 def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str) -> None:
     """One quantity against the strength, one line for each limit."""
     for bound, cells in _by_limit(table, data).items():
-        points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
         number, name = LIMITS[bound]
-        _draw(ax, points, name, number)
+        points = {
+            cell: (_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()
+        }
+        _draw(ax, [point for cell, point in points.items() if cell.coupled[-1].isdigit()], name, number)
+        for cell, point in points.items():  # other kinds of coupling are no part of the line
+            if not cell.coupled[-1].isdigit():
+                _draw(ax, [point], "_", number)
     _ticks(ax, STRENGTHS)
     ax.set_xlabel(ALONG)
 

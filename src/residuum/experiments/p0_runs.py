@@ -36,6 +36,7 @@ class Cell:
         clipped: Whether batch norm is clipped, so that c bounds the branch; else only the convolutions are limited.
         couple: "weights", or "all" for one recurrent block with one set of statistics.
         norm: Norm inside the blocks.
+        reduce: Of the coupling: "mean", or "sum" for gradients as large as those of shared weights.
     """
 
     strength: float = 0.0
@@ -43,11 +44,12 @@ class Cell:
     clipped: bool = True
     couple: str = "weights"
     norm: str = "batch"
+    reduce: str = "mean"
 
     @property
     def coupled(self) -> str:
         """The strength in words."""
-        return f"{self.strength:g}" + (", all" if self.couple == "all" else "")
+        return f"{self.strength:g}" + (", all" * (self.couple == "all")) + (", sum" * (self.reduce == "sum"))
 
 
 FREE, COUPLED = Cell(0.0), Cell(1.0)  # the end points without limit
@@ -55,6 +57,8 @@ BOUND = 1.0  # that of the end points with a limit
 BETWEEN = (0.5, 0.9, 0.99)
 RECURRENT = tuple(Cell(1.0, bound, couple="all") for bound in (None, BOUND))
 GROUP = (Cell(0.0, norm="group"), Cell(1.0, couple="all", norm="group"))
+# Strength 1 with the mean is weight sharing at a third of the learning rate (three blocks), and may just learn slower.
+SUMMED = Cell(1.0, reduce="sum")
 ALLOWED = tuple(Cell(strength, BOUND, clipped=False) for strength in (0.0, 1.0))
 
 
@@ -228,7 +232,7 @@ def run_of(
         epochs=epochs,
         batch=at.batch,
         # Strength 0 is ordinary training; given as a coupling, it says what sharing is left.
-        coupling=Coupling(cell.strength, cell.couple),
+        coupling=Coupling(cell.strength, cell.couple, cell.reduce),
         augment="crop_flip" if scale == "paper" and images.name in ("cifar10", "cifar100") else "none",
         test_every=max(1, epochs // 3),
     )
@@ -254,7 +258,7 @@ def cells_of(scale: str, data: str) -> tuple[Cell, ...]:
     at = SCALES[scale]
     found = [cell for cell in ends_of(data) if cell.bound is None or data not in at.free_only]
     if data in at.strengths:
-        found += [Cell(strength) for strength in BETWEEN]
+        found += [SUMMED, *map(Cell, BETWEEN)]
     if data in at.limits:
         found += [*RECURRENT, *GROUP, *(replace(limited(data)[0], strength=strength) for strength in BETWEEN)]
         found += [replace(cell, bound=bound) for bound in at.bounds for cell in limited(data)]
@@ -285,6 +289,7 @@ def by_worth(scale: str) -> tuple[Run, ...]:
     parts = [
         *map(ends, first),
         [shuffled_of(scale, data) for data in first],
+        [run for data in at.strengths for run in ordered(data, [SUMMED])],
         sizes("mnist"),
         ordered("mnist", cells_of(scale, "mnist")),
         *([*ends(data), shuffled_of(scale, data)] for data in later),
