@@ -183,19 +183,14 @@ def test_every_run_has_its_place_and_every_claim_its_own_name(scale: str) -> Non
     assert all(claim.id.startswith("p0-") for claim in found.claims)
 
 
-def test_the_first_runs_answer_a_claim_about_the_end_points_of_mnist() -> None:
+def test_the_first_runs_answer_the_claims_about_the_end_points_of_mnist() -> None:
     first = {job.key for job in STUDY.jobs[:20]}
-    claims = {claim.id for claim in STUDY.claims if claim.jobs and {job.key for job in claim.jobs} <= first}
-    assert claims == {
-        claim.id for claim in STUDY.claims if claim.id.startswith("p0-mnist-") and len(claim.jobs) <= 20
-    } - {
-        "p0-mnist-2-gradual",
-        "p0-mnist-2-sharing",
-        "p0-mnist-3-one",
-        "p0-mnist-3-group",
-        "p0-mnist-one-block",
-        "p0-mnist-5-gradual",
-        "p0-mnist-express",
+    answered = {claim.id for claim in STUDY.claims if claim.jobs and {job.key for job in claim.jobs} <= first}
+    indices = ("convergence", "recurrence", "divergence")
+    assert answered == {
+        *(f"p0-mnist-1-{index}" for index in indices),
+        *(f"p0-mnist-{name}" for name in ("2-recurrence", "3-convergence", "3-divergence", "4-accuracy", "4-freedom")),
+        *(f"p0-mnist-{name}" for name in ("5-convergence", "5-divergence", "5-accuracy", "6-accuracy")),
     }
 
 
@@ -212,7 +207,7 @@ def test_all_subsets_are_trained_for_as_many_steps() -> None:
         for size in (*sizes, None):
             run = run_of("small", data, FREE, 0, size=size)
             steps = run.training.epochs * -(-(size or run.data.train) // run.training.batch)
-            assert steps == pytest.approx(SCALES["small"].updates[data], rel=0.03), (data, size)
+            assert steps == pytest.approx(SCALES["small"].updates[data], rel=0.05), (data, size)
 
 
 def test_shuffled_labels_are_shuffled_and_limits_are_those_of_the_data() -> None:

@@ -45,9 +45,7 @@ from residuum.experiments.p0_verdicts import (
 ABSTRACT = "P0, abstract"
 DERIVED = "derived, spec of this project, section 5"
 RECONSTRUCTED = "Only the abstract could be read: networks, indices, limits and settings are reconstructed."
-SLOWER = (
-    "Coupled gradients are means, so that equal blocks learn as with a third of the learning rate: see p0-mnist-4-sum."
-)
+SLOWER = "Coupled gradients are means: equal blocks learn as if shared at a third of the rate; see p0-mnist-4-sum."
 CONVOLUTIONS = "The limit is on convolutions alone; clipped batch norm learned nothing in this time."
 POINTS = f"one-sided bound of 95 % at most {100 * NO_GAIN:g} points"
 
@@ -245,7 +243,7 @@ def _along_strengths(scale: str, data: str) -> list[Claim]:
         _claim(
             f"{data}-4-sum",
             f"{ABSTRACT}: recurrence does not improve accuracy",
-            f"{SETS[data]}: strength 1 with summed gradients, as shared weights have, is not more accurate than strength 0",
+            f"{SETS[data]}: strength 1 with summed gradients, those of shared weights, is not more accurate than 0",
             f"gain: {POINTS}",
             partial(no_gain, pairs=((summed, free),)),
             runs=(summed, free),
@@ -313,7 +311,7 @@ def _of_sizes(scale: str, data: str) -> list[Claim]:
             f"gain: {POINTS}, at every size",
             partial(no_gain, pairs=pairs),
             runs=tuple(runs for pair in pairs for runs in pair),
-            limits=f"All sizes have the same number of steps. {SLOWER}",
+            limits=f"All sizes have the same number of steps, to 5 %. {SLOWER}",
         ),
         _claim(
             f"{data}-express",

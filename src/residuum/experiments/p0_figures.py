@@ -217,7 +217,7 @@ def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
             ax = axes[row * len(having) + column]
             for number, cell in enumerate(cells):
                 curves = [errors_by_blocks(results, run) for run in table.get(cell, {}).values()]
-                points = [(k, [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
+                points = [(float(k), [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
                 _draw(ax, points, f"strength {cell.coupled}", 3 * number)
                 if curves and data == next(iter(having)) and not row:
                     losses.append((cell.coupled, np.mean([100 * (c[-1] - c[0]) for c in curves])))
@@ -233,9 +233,9 @@ def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     return figure
 
 
-def _strength(cell: Cell) -> int:
+def _strength(cell: Cell) -> float:
     """Place of a cell on the axis of strengths."""
-    return STRENGTHS.index(cell.coupled)
+    return float(STRENGTHS.index(cell.coupled))
 
 
 def _by_limit(table: Table, data: str) -> dict[float | None, dict[Cell, Seeds]]:
@@ -253,13 +253,10 @@ def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str)
     """One quantity against the strength, one line for each limit."""
     for bound, cells in _by_limit(table, data).items():
         number, name = LIMITS[bound]
-        points = {
-            cell: (_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()
-        }
-        _draw(ax, [point for cell, point in points.items() if cell.coupled[-1].isdigit()], name, number)
-        for cell, point in points.items():  # other kinds of coupling are no part of the line
-            if not cell.coupled[-1].isdigit():
-                _draw(ax, [point], "_", number)
+        points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
+        _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
+        for point in points:  # other kinds of coupling are no part of the line
+            _draw(ax, [point] * (point[0] > _strength(COUPLED)), "_", number)
     _ticks(ax, STRENGTHS)
     ax.set_xlabel(ALONG)
 
@@ -328,7 +325,9 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
     gains = []
     for ax, (data, sizes) in zip(axes, having.items(), strict=True):
         for number, cell in enumerate(ends_of(data)):
-            points = [(n, list(_values(results, t[cell], "accuracy").values())) for n, t in sizes.items() if cell in t]
+            points = [
+                (float(n), list(_values(results, t[cell], "accuracy").values())) for n, t in sizes.items() if cell in t
+            ]
             _draw(ax, points, f"strength {cell.coupled}{', limit 1' if cell.bound else ''}", number)
         known = (_change(results, table, (FREE, COUPLED), "accuracy") for table in sizes.values())
         gains += [effect.value for effect in known if effect]
