@@ -33,12 +33,14 @@ from residuum.experiments.p0_runs import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 Drawn = "matplotlib.figure.Figure | None"
 Table = Mapping[Cell, Seeds]  # the networks of one data set
+KINDS = "sum: with summed gradients; all: one recurrent block."
 BARS = "Means over seeds; bars: their standard deviation, where there are several."
 STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1, all")
-ALONG = "coupling strength (sum: of gradients; all: one recurrent block)"
+ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
@@ -79,13 +81,13 @@ def figures(scale: str) -> tuple[Figure, ...]:
         ),
         (
             "b",
-            f"The three indices, means over the sections, against the strength, a line for each limit. {BARS}",
+            f"The three indices, means over the sections, against the strength, a line for each limit; {KINDS} {BARS}",
             _all(swept),
             partial(_indices, tables=swept),
         ),
         (
             "c",
-            f"Accuracy on all test images against the strength, a line for each limit. {BARS}",
+            f"Accuracy on all test images against the strength, a line for each limit; {KINDS} {BARS}",
             _all(tables),
             partial(_accuracy, tables=tables),
         ),
@@ -210,27 +212,36 @@ def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     having = _having(results, tables)
     if not having:
         return None
-    figure, axes = panels("", 2, len(having), width=3.4)
-    losses = []
-    for column, (data, table) in enumerate(having.items()):
-        for row, cells in enumerate(((FREE, COUPLED), limited(data))):
-            ax = axes[row * len(having) + column]
-            for number, cell in enumerate(cells):
-                curves = [errors_by_blocks(results, run) for run in table.get(cell, {}).values()]
-                points = [(float(k), [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
-                _draw(ax, points, f"strength {cell.coupled}", 3 * number)
-                if curves and data == next(iter(having)) and not row:
-                    losses.append((cell.coupled, np.mean([100 * (c[-1] - c[0]) for c in curves])))
-            guess = next(iter(next(iter(table.values())).values()))
-            ax.axhline(100 * guess_error(results, guess), color="0.5", linestyle=":", linewidth=1.2)
-            ax.set(title=f"{SETS[data]}, {'limit 1' if row else 'no limit'}", ylim=(0, 104))
-            ax.set(xlabel="blocks left out (-) or added (+)", ylabel="error, %" if not column else "")
-            _legend(ax)
-    said = " and ".join(f"{loss:.0f} points at strength {strength}" for strength, loss in losses)
-    figure.suptitle(
-        f"Without its last block a section of {SETS[next(iter(having))]}'s networks costs {said}" if said else ""
-    )
+    shown = [(data, (FREE, COUPLED)) for data in having]
+    shown += [(data, limited(data)) for data, table in having.items() if any(cell in table for cell in limited(data))]
+    figure, axes = _grid(len(shown))
+    for ax, (data, cells) in zip(axes, shown, strict=True):
+        for number, cell in enumerate(cells):
+            curves = [errors_by_blocks(results, run) for run in having[data].get(cell, {}).values()]
+            points = [(float(k), [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
+            _draw(ax, points, f"strength {cell.coupled}", 3 * number)
+        any_run = next(iter(next(iter(having[data].values())).values()))
+        ax.axhline(100 * guess_error(results, any_run), color="0.5", linestyle=":", linewidth=1.2)
+        ax.set(title=f"{SETS[data]}, {'limit 1' if cells[0].bound else 'no limit'}", ylim=(0, 104))
+        ax.set(xlabel="blocks left out (-) or added (+)", ylabel="error, %")
+        _legend(ax)
+    data = next(iter(having))
+    said = [
+        f"{np.mean([100 * (curve[-1] - curve[0]) for curve in curves]):.0f} points at strength {cell.coupled}"
+        for cell in (FREE, COUPLED)
+        if (curves := [errors_by_blocks(results, run) for run in having[data].get(cell, {}).values()])
+    ]
+    figure.suptitle(f"{SETS[data]}: a section without its last block costs {' and '.join(said)}" if said else "")
     return figure
+
+
+def _grid(count: int) -> tuple["Canvas", list["Axes"]]:
+    """An empty figure of so many panels, four in a row."""
+    columns = min(4, count)
+    figure, axes = panels("", -(-count // columns), columns)
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
 
 
 def _strength(cell: Cell) -> float:
@@ -293,14 +304,11 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     having = _having(results, tables)
     if not having:
         return None
-    columns = min(4, len(having))
-    figure, axes = panels("", -(-len(having) // columns), columns)
-    for ax, (data, table) in zip(axes, having.items(), strict=False):
+    figure, axes = _grid(len(having))
+    for ax, (data, table) in zip(axes, having.items(), strict=True):
         _along(ax, results, table, data, "accuracy")
         ax.set(title=SETS[data], ylabel="test accuracy, %")
         _legend(ax)
-    for ax in axes[len(having) :]:
-        ax.remove()
     changes = [
         effect.value for table in having.values() if (effect := _change(results, table, (FREE, COUPLED), "accuracy"))
     ]
@@ -329,8 +337,8 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
                 (float(n), list(_values(results, t[cell], "accuracy").values())) for n, t in sizes.items() if cell in t
             ]
             _draw(ax, points, f"strength {cell.coupled}{', limit 1' if cell.bound else ''}", number)
-        known = (_change(results, table, (FREE, COUPLED), "accuracy") for table in sizes.values())
-        gains += [effect.value for effect in known if effect]
+        changes = (_change(results, table, (FREE, COUPLED), "accuracy") for table in sizes.values())
+        gains += [effect.value for effect in changes if effect]
         ax.set_xscale("log")
         ax.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
         ax.set_xticks([], minor=True)
