@@ -399,7 +399,7 @@ def _controls(results: Results, *, tables: Mapping[str, Table], shuffled: Mappin
             means[index, name] = float(np.mean([v for _, values in points for v in values] or [np.nan]))
         for drawn in ax.get_lines():
             drawn.set_linestyle("none")
-        ax.set(title=index, ylabel=f"{index} index by agreement ({GOOD[index]})", ylim=(-0.03, 1.03))
+        ax.set(title=f"{index} ({GOOD[index]})", ylabel=f"{index} index by agreement", ylim=(-0.03, 1.03))
         _ticks(ax, [SETS[data] for data in having], turned=True)
     _legend(axes[0])
     figure.suptitle(
