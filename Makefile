@@ -40,6 +40,7 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.reversible
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.solve
 	$(ONE) $(BIN)/python -m benchmarks.limits
+	$(ONE) $(BIN)/python -m benchmarks.runs
 
 clean:
 	rm -rf .venv dist residuum-demo

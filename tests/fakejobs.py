@@ -4,6 +4,7 @@ Every execution adds a line to OUT/executions.txt, so that a test can count them
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ class Fake:
     Attributes:
         seed: Tells runs apart.
         act: What it does half way: "nothing", "raise", "nan", "hang", "deaf" (hangs and ignores signals), "exit",
-            "kill" (itself, every time), "kill once", "full" (the disk).
+            "kill" (itself, every time), "kill once", "full" (the disk, once), "full for all" (of its process, once).
         seconds: How long it takes.
         megabytes: Memory that it takes.
     """
@@ -74,8 +75,12 @@ class Fake:
                 raise RuntimeError("this run cannot work")
             case "nan":
                 raise FloatingPointError("the loss is nan")
-            case "full":
+            case "full" if not once.exists():
+                once.touch()
                 raise OSError(28, "No space left on device")
+            case "full for all" if not once.exists():  # the kernel refuses whatever this process writes from now on
+                once.touch()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             case "hang":
                 time.sleep(600)
             case "deaf":

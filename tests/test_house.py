@@ -41,10 +41,12 @@ ROWS = [
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],
-    ["runs"],
-    ["runindex", "claims"],
-    ["experiments"],
-    ["commands"],
+    ["runs", "runindex", "engines"],
+    ["worker", "claims"],
+    ["sweeps", "experiments", "pages"],
+    ["reproduce"],
+    ["commands", "runscreen", "sweepscreen"],
+    ["reproducescreen"],
     ["cli"],
 ]
 
@@ -170,6 +172,7 @@ def test_help_imports_no_torch() -> None:
 
 
 COMMON = {"device", "dtype", "batch", "limit", "seed"}
+ENGINE = {"engine", "workers", "time_limit", "memory", "gpu", "data_root", "retry_failed"}
 OPTIONS = {
     "fold": {"model", "out", "data", "data_root", "norms", "force"} | COMMON,
     "demo": {"out", "epochs", "force"} | COMMON,
@@ -204,7 +207,10 @@ OPTIONS = {
     | {"initial", "shuffled", "force"}
     | COMMON,
     "report": {"folders", "out", "force"},
+    "sweep": {"runs", "out"} | ENGINE,
+    "runs": {"out", "where", "compare", "csv", "parquet", "rebuild", "force"},
     "stability": {"out", "force"},
+    "reproduce": {"ids", "out", "scale", "list", "check", "files"} | ENGINE,
     "data list": {"data_root"},
     "data fetch": {"name", "data_root"},
     "data digitclutter": {"out", "digits", "debris", "n", "test", "grey", "handwriting", "data_root", "workers", "seed"}
@@ -227,8 +233,11 @@ def test_the_command_line_is_frozen() -> None:
         "train": flags.Train,
         "probe": flags.Probe,
         "report": flags.Report,
+        "sweep": flags.Sweep,
+        "runs": flags.Runs,
         "fold": flags.Fold,
         "stability": flags.Stability,
+        "reproduce": flags.Reproduce,
         "data list": flags.DataList,
         "data fetch": flags.DataFetch,
         "data digitclutter": flags.DataDigitclutter,

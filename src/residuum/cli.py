@@ -1,4 +1,4 @@
-"""The command line: residuum demo, train, probe, report, fold, stability, data. Heavy imports wait for the command."""
+"""The command line: one function for each command of flags.py. Heavy imports wait for the command."""
 
 import shlex
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from residuum.flags import Command, DataCommand, Demo, Fold, Probe, Report, Stability, Train
+from residuum.flags import Command, DataCommand, Demo, Fold, Probe, Report, Reproduce, Runs, Stability, Sweep, Train
 
 ABOUT = "Cut any torch model into its residual stream, and measure what each block does."
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         flags = tyro.cli(Command, prog="residuum", description=ABOUT, args=arguments)
-        from residuum import commands
+        from residuum import commands, reproducescreen, runscreen, sweepscreen
         from residuum.memory import keep_freed_memory
 
         keep_freed_memory()
@@ -36,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Train: commands.train,
             Probe: commands.probe,
             Report: commands.report,
+            Sweep: sweepscreen.sweep,
+            Runs: runscreen.runs,
             Fold: commands.fold,
             Stability: commands.stability,
+            Reproduce: reproducescreen.reproduce,
             DataCommand: commands.data,
         }
         run[type(flags)](flags, shlex.join(["residuum", *arguments]))

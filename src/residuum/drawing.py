@@ -62,12 +62,12 @@ def panels(
 
 def line(
     axes: "Axes",
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Sequence[float | int],
+    y: Sequence[float | int],
     *,
     label: str,
     number: int,
-    spread: Sequence[float] | None = None,
+    spread: Sequence[float | int] | None = None,
     fresh: bool = False,
 ) -> None:
     """One series in the colour, dash and marker of its number, with bars of its spread.

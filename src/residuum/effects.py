@@ -47,7 +47,7 @@ class Effect:
         }
 
 
-def mean_over(values: Sequence[float], over: str = "seeds", *, level: float = LEVEL) -> Effect:
+def mean_over(values: Sequence[float | int], over: str = "seeds", *, level: float = LEVEL) -> Effect:
     """Mean with Student's interval, `mean +- t s / sqrt(n)`.
 
     Args:
@@ -71,7 +71,7 @@ def mean_over(values: Sequence[float], over: str = "seeds", *, level: float = LE
 
 
 def paired(
-    after: Mapping[int, float], before: Mapping[int, float], over: str = "seeds", *, level: float = LEVEL
+    after: Mapping[int, float | int], before: Mapping[int, float | int], over: str = "seeds", *, level: float = LEVEL
 ) -> Effect:
     """Mean of the differences `after - before` of the seeds that both have, with Student's interval.
 
@@ -90,7 +90,7 @@ def paired(
     return mean_over([after[key] - before[key] for key in common], over, level=level)
 
 
-def slope(depths: Sequence[float], values: Sequence[float], *, level: float = LEVEL) -> Effect:
+def slope(depths: Sequence[float | int], values: Sequence[float | int], *, level: float = LEVEL) -> Effect:
     """Slope of log value against log depth by least squares, with Student's interval of the regression.
 
     With two points the line fits them, so there is no interval. -1 is a fall like 1 / L; 1 doubles with each doubling.

@@ -180,6 +180,30 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """List the runs of a folder, with what differs between them and what came out, or export them as one table.
+
+    Attributes:
+        out: Folder of runs, as residuum sweep writes it.
+        where: Only runs for which these hold, e.g. data.name=mnist training.epochs>=20 state!=complete; the end of a
+            name is enough where it is clear.
+        compare: Keys of two runs (their first digits are enough): in what they differ.
+        csv: File to write the table to, with every setting and every number.
+        parquet: The same, as a parquet file.
+        rebuild: Read every file of every run anew.
+        force: Replace existing files.
+    """
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    where: tuple[str, ...] = ()
+    compare: tuple[str, str] | None = None
+    csv: Path | None = None
+    parquet: Path | None = None
+    rebuild: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class Fold:
     """Put the mean block of each section of a (coupled) network in the place of all, and say what that costs.
 
@@ -213,6 +237,70 @@ class Stability:
 
     out: Path
     force: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Carry out the runs that a Python function returns, each once, and go on where an earlier sweep stopped.
+
+    Attributes:
+        runs: path/to/file.py:function, a function without arguments that returns runs (this runs the file).
+        out: Folder of runs; what is complete in it is not repeated.
+        engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
+        workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
+        time_limit: Minutes that a run may take.
+        memory: GB that a run is known to need; the pool learns it from the largest so far.
+        gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        retry_failed: Try runs that failed in an earlier sweep again.
+    """
+
+    runs: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.py:FUNCTION")]
+    out: Path
+    engine: Literal["pool", "ray", "slurm"] = "pool"
+    workers: int | None = None
+    time_limit: float | None = None
+    memory: float = 0.0
+    gpu: float = 0.0
+    data_root: Path | None = None
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Carry out the runs of the papers that are missing, draw their figures, and give every claim a verdict.
+
+    Writes OUT/<scale>/: a page and figures for each paper, claims.json, claims.md and claims.html.
+
+    Attributes:
+        ids: Papers (p2), figures (p2-3) or claims, by their names; without them all papers.
+        out: Folder of runs; what is complete in it is not repeated.
+        scale: tiny (seconds; shows that everything runs), small (hours on two cores), or paper (its settings).
+        list: Say which runs there are, how many are complete, and how long the others will take; run nothing.
+        check: Draw and judge what is there; run nothing.
+        files: NAME=FILE.npz: read a file in the place of a data set, where its official files are not at hand.
+        engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
+        workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
+        time_limit: Minutes that a run may take.
+        memory: GB that a run is known to need; the pool learns it from the largest so far.
+        gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
+        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
+        retry_failed: Try runs that failed before again.
+    """
+
+    ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID...")] = ()
+    out: Path = Path("residuum-reproduce")
+    scale: Literal["tiny", "small", "paper"] = "small"
+    list: bool = False
+    check: bool = False
+    files: tuple[str, ...] = ()
+    engine: Literal["pool", "ray", "slurm"] = "pool"
+    workers: int | None = None
+    time_limit: float | None = None
+    memory: float = 0.0
+    gpu: float = 0.0
+    data_root: Path | None = None
+    retry_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,4 +377,15 @@ class DataCommand:
     what: Data
 
 
-Command = Demo | Train | Probe | Report | Fold | Stability | Annotated[DataCommand, tyro.conf.subcommand("data")]
+Command = (
+    Demo
+    | Train
+    | Probe
+    | Report
+    | Sweep
+    | Runs
+    | Reproduce
+    | Fold
+    | Stability
+    | Annotated[DataCommand, tyro.conf.subcommand("data")]
+)

@@ -1,12 +1,14 @@
 """Reproducing: the runs of papers carried out or found, their figures drawn, every claim given its verdict."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from residuum import experiments
 from residuum.claims import NOT_RUN, Claim, Figure, Judged, Results, Study, judge, together
+from residuum.data.archives import ARCHIVES
+from residuum.data.fetching import find
 from residuum.drawing import save, style
 from residuum.files import write_atomically, write_json
 from residuum.names import unknown
@@ -83,6 +85,29 @@ def stand_ins(jobs: Sequence[Job], files: Mapping[str, Path]) -> dict[str, Job]:
         data = given and replace(job.data, name=given.name, sha256=given.sha256)
         found[job.key] = replace(job, data=data) if data else job
     return found
+
+
+def check_data(jobs: Iterable[Job], root: Path | None) -> None:
+    """Refuse a data root that lacks what the runs read, before any starts; without a root data are fetched.
+
+    Args:
+        jobs: The runs.
+        root: The data root.
+
+    Raises:
+        FileNotFoundError: If official files are not there; the message says how to get them.
+        ValueError: If one of them is not what was published.
+    """
+    if root is None:
+        return
+    wanted = {job.data.name for job in jobs if isinstance(job, Run)}
+    for source in ARCHIVES:
+        if source.name in wanted:
+            try:
+                find(source, root)
+            except FileNotFoundError as error:
+                advice = f"or read other files with --files {source.name}=FILE.npz"
+                raise FileNotFoundError(f"{error}; {advice}") from None
 
 
 def gather(jobs: Mapping[str, Job], out: Path) -> dict[str, Finished]:

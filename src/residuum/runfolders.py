@@ -66,9 +66,10 @@ def prepare(out: Path) -> Path:
         if [name for name in others if not name.startswith(PARTIAL)]:
             raise FileExistsError(f"{out} holds other files ({others[0]}), not runs; choose an empty or a new folder")
     try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if not (out / _MARK).is_file():
             write_json(out / _MARK, {"kind": "runs", "format": FORMAT})
+        (out / "runs").mkdir(exist_ok=True)
         if not os.access(out / "runs", os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except PermissionError as error:

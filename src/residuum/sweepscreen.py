@@ -8,19 +8,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from residuum import sweeps
 from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Tell
-from residuum.flags import Sweep
+from residuum.flags import Reproduce, Sweep
 from residuum.loading import returned
 from residuum.runs import Settings
-from residuum.sweeps import Engine, Outcome, sweep
+from residuum.sweeps import Engine, Outcome, checked
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def run(flags: Sweep, command: str) -> None:
+def sweep(flags: Sweep, command: str) -> None:
     """Carry out the runs that a function returns, and say what they came to.
 
     Args:
@@ -31,10 +32,10 @@ def run(flags: Sweep, command: str) -> None:
         ValueError: If a run is not complete in the end; the message says how many, and where it stands why.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
-    engine, jobs = _engine(flags), returned(flags.runs)
+    engine, jobs = engine_of(flags), checked(returned(flags.runs))
     settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
     try:
-        outcome = sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
+        outcome = sweeps.sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
     _say(outcome, flags)
@@ -82,14 +83,19 @@ def board(names: Mapping[Path, str], before: int) -> Iterator[Tell]:
         yield tell
 
 
-def _engine(flags: Sweep) -> Engine:
-    """The engine that was asked for."""
+def engine_of(flags: Sweep | Reproduce) -> Engine:
+    """The engine that was asked for.
+
+    Args:
+        flags: The command's options.
+    """
     each = Each(minutes=flags.time_limit, memory=flags.memory, gpu=flags.gpu)
     if flags.engine == "ray":
         return Ray(flags.workers, each)
     if flags.engine == "slurm":
         return Slurm(flags.out.absolute() / "slurm", flags.workers or Slurm.workers, each)
-    return Pool(len(os.sched_getaffinity(0)) if flags.workers is None else flags.workers, each)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Pool(here if flags.workers is None else flags.workers, each)
 
 
 def _say(outcome: Outcome, flags: Sweep) -> None:

@@ -70,7 +70,7 @@ def carry_out(folder: Path, say: Say) -> dict[str, str]:
             perform(_job(folder), folder, _settings(folder), _bar(say))
             return {"state": "complete"}
         except (Exception, SystemExit) as error:
-            kind, message = failure_of(error)
+            kind, message = failure_of(error) if isinstance(error, Exception) else ("raised", f"SystemExit: {error}")
             with suppress(OSError):
                 log(folder, traceback.format_exc())
             if not (folder / "failed.json").exists():  # `perform` has not come so far, or the disk is full

@@ -1,9 +1,10 @@
 """The pool: workers on this machine, as many as are asked for and as its memory has room for."""
 
+import math
 import os
 import select
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from residuum.engines.orders import Orders
@@ -26,7 +27,7 @@ class Pool:
     """
 
     workers: int = 2
-    each: Each = Each()
+    each: Each = field(default_factory=Each)
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -86,12 +87,14 @@ class Pool:
         import torch
 
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if self.workers * self.each.gpu > seen:
+        size = max(1, int(self.each.gpu))  # cards of a run
+        together = max(1, int(1 / self.each.gpu + 1e-9))  # runs on a card
+        needed = math.ceil(self.workers / together) * size
+        if needed > seen:
             raise ValueError(
-                f"{self.workers} workers with {self.each.gpu:g} GPUs each need {self.workers * self.each.gpu:g}; "
+                f"{self.workers} workers with {self.each.gpu:g} GPUs each need {needed}; "
                 f"torch sees {seen} here; use fewer workers, or a smaller share"
             )
         names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(seen)))).split(",")
-        size = max(1, int(self.each.gpu))
-        firsts = [int(number * self.each.gpu) for number in range(self.workers)]
+        firsts = [number // together * size for number in range(self.workers)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + size])} for first in firsts]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ class Ray:
     """
 
     workers: int | None = None
-    each: Each = Each()
+    each: Each = field(default_factory=Each)
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -72,7 +72,7 @@ class Ray:
 
     def _resources(self) -> dict[str, float]:
         memory = {"memory": self.each.memory * 2**30} if self.each.memory else {}
-        return {"num_cpus": 1, "num_gpus": self.each.gpu} | memory
+        return {"num_cpus": 1.0, "num_gpus": self.each.gpu} | memory
 
     def _check_room(self, cluster: dict[str, float]) -> None:
         """Refuse a run for which Ray would wait for ever."""

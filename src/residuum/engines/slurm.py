@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Slurm:
 
     logs: Path
     workers: int = 100
-    each: Each = Each()
+    each: Each = field(default_factory=Each)
     cluster: str = "slurm"
 
     def __post_init__(self) -> None:
@@ -51,7 +51,9 @@ class Slurm:
         if self.each.minutes is None:
             raise ValueError("Slurm must know how long a run may take; give a time limit in minutes")
         if not float(self.each.gpu).is_integer():
-            raise ValueError(f"Slurm gives whole GPUs, not {self.each.gpu:g}; use 1, or the pool on one of its machines")
+            raise ValueError(
+                f"Slurm gives whole GPUs, not {self.each.gpu:g}; use 1, or the pool on one of its machines"
+            )
 
     def run(self, folders: Sequence[Path], tell: Tell) -> None:
         """Carry out runs.

@@ -183,7 +183,9 @@ class Worker:
         last = (self._errors.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         if code > 0 and code != STOPPED and not self._began:
             raise OSError(f"workers cannot start: python {' '.join(self.each.program)} ended with {how}: {last}")
-        return Ended("failed", "killed", f"its worker was ended by {how}" if code < 0 else f"its worker ended with {how}")
+        return Ended(
+            "failed", "killed", f"its worker was ended by {how}" if code < 0 else f"its worker ended with {how}"
+        )
 
     def _memory(self, line: str) -> int:
         """A line of /proc/PID/status in bytes; 0 where there is none."""

@@ -36,13 +36,15 @@ def _plateau(results: Results, *, sweep: Sweep, index: str, section: int | None,
     return mean_over([value for found in curves for value in found.values()], "networks")
 
 
-def near(results: Results, *, sweep: Sweep, index: str, section: int | None, start: int, expected: float) -> Obtained:
+def near(
+    results: Results, *, sweep: Sweep, index: str, section: int | None, start: int, expected: float | int
+) -> Obtained:
     """A number of the paper, on the plateau, within the tolerance."""
     effect = _plateau(results, sweep=sweep, index=index, section=section, start=start)
     return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
 
 
-def predicts(results: Results, *, sweep: Sweep, section: int | None, start: int, expected: float) -> Obtained:
+def predicts(results: Results, *, sweep: Sweep, section: int | None, start: int, expected: float | int) -> Obtained:
     """The depth that the stopping rule gives, within the tolerance."""
     effect = _predicted(results, sweep=sweep, section=section, start=start)
     return between(effect, (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected)
@@ -123,7 +125,7 @@ def _observed(results: Results, *, sweep: Sweep, section: int) -> tuple[Effect, 
     return mean_over([min(depth, deepest) for depth in depths]), beyond
 
 
-def crossed(results: Results, *, sweep: Sweep, section: int | None, expected: float) -> Obtained:
+def crossed(results: Results, *, sweep: Sweep, section: int | None, expected: float | int) -> Obtained:
     """Within the tolerance; where the deepest networks are still above 0.1, only a too small range can be excluded."""
     parts = [_observed(results, sweep=sweep, section=s) for s in (range(3) if section is None else (section,))]
     low, high = (1 - TOLERANCE) * expected, (1 + TOLERANCE) * expected

@@ -1,0 +1,304 @@
+"""Reproducing: what is chosen, what stands in for what, and reports that are whole, safe and say what is missing."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from residuum import drawing, pages, reproduce
+from residuum.claims import Claim, Figure, Obtained, Results
+from residuum.cli import main
+from residuum.pages import counts, markdown, page, shown
+from residuum.reproduce import Choice, check_data, choose, gather, listing, report, stand_ins, summary
+from residuum.runs import Run
+from worlds import as_the_paper, make
+
+
+def test_names_are_papers_figures_and_claims() -> None:
+    whole = choose("tiny", [])
+    assert {part.id for part in whole.parts} == {part.id for s in whole.studies for part in (*s.figures, *s.claims)}
+    few = choose("tiny", ["p2-3", "p2-mnist-growth-small", "p2-3"])
+    assert [part.id for part in few.parts] == ["p2-3", "p2-mnist-growth-small"]
+    assert len(few.jobs) == 4
+    with pytest.raises(ValueError, match=r"unknown figure, claim or paper 'p2-33'; did you mean 'p2-3'"):
+        choose("tiny", ["p2-33"])
+
+
+def npz(path: Path) -> Path:
+    images = np.zeros((20, 8, 8), np.uint8)
+    labels = np.arange(20) % 10
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    return path
+
+
+def test_a_file_stands_in_for_a_data_set_under_keys_of_its_own(tmp_path: Path) -> None:
+    jobs = choose("small", ["p2-1"]).jobs
+    found = stand_ins(jobs, {"cifar10": npz(tmp_path / "c.npz")})
+    assert list(found) == [job.key for job in jobs]
+    for job in jobs:
+        other = found[job.key]
+        assert isinstance(other, Run)
+        if job.data.name == "cifar10":
+            assert other.data.name.endswith("c.npz")
+            assert other.key != job.key
+            assert (other.model, other.training, other.seed) == (job.model, job.training, job.seed)
+            assert (other.data.train, other.data.test) == (job.data.train, job.data.test)
+        else:
+            assert other is job
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        stand_ins(jobs, {"cifar": tmp_path / "c.npz"})
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        stand_ins(jobs, {"cifar10": tmp_path / "none.npz"})
+
+
+def test_data_that_are_not_there_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    jobs = choose("small", ["p2-mnist-error-depth"]).jobs
+    with pytest.raises(FileNotFoundError, match=r"data fetch mnist .*--files mnist=FILE.npz"):
+        check_data(jobs, tmp_path)
+    check_data(choose("tiny", []).jobs, tmp_path)  # the digits come with scikit-learn
+    check_data(jobs, None)  # fetched when the first run needs them
+
+
+def test_the_list_counts_each_run_once_and_predicts_what_is_left(tmp_path: Path) -> None:
+    choice = choose("small", ["p2-1", "p2-3", "p2-mnist-error-depth"])
+    rows = listing(choice, {}).splitlines()
+    assert [row.split()[:2] for row in rows[1:3]] == [["p2-1", "30"], ["p2-3", "30"]]
+    assert rows[-1].split()[:3] == ["together", "30", "0"]
+    minutes = float(rows[-1].split()[3].replace(",", ""))
+    done = make(choice.jobs[:15], tmp_path, as_the_paper)
+    half = listing(choice, done).splitlines()[-1].split()
+    assert half[:3] == ["together", "30", "15"]
+    assert float(half[3].replace(",", "")) < minutes
+    assert max(map(len, rows)) <= 120
+    unknown = replace(choice, studies=tuple(replace(s, minutes=lambda job: None) for s in choice.studies))
+    assert listing(unknown, {}).splitlines()[-1].split()[3:] == ["0.0", "+", "30", "unknown"]
+
+
+def plain(results: Results) -> MatplotlibFigure | None:
+    """A line over the seeds of what is there."""
+    if not results:
+        return None
+    figure, (axes,) = drawing.panels("Seeds", 1, 1, width=2.0, height=2.0)
+    axes.plot([run.job.seed for run in results.values()], marker="o", label="seeds")
+    axes.set(xlabel="run", ylabel="seed")
+    return figure
+
+
+def small_choice(tmp_path: Path, *, text: str = "it is so") -> tuple[Choice, dict]:
+    """Two plain figures and two claims, on runs that were never run; one claim says some text."""
+    choice = choose("tiny", ["p2-1"])
+    results = make(choice.jobs, tmp_path / "made", as_the_paper)
+    figures = tuple(Figure(f"p2-{i}", f"figure {i}", "what it shows", choice.jobs, plain) for i in (1, 2))
+    claims = (
+        Claim("p2-a", "page 1", text, "1 | 2", choice.jobs, lambda results: Obtained("2 | 3", "pass"), "few"),
+        Claim("p2-b", "page 2", "it is not", "1", choose("tiny", ["p2-ablation"]).jobs, lambda results: None, ""),
+    )
+    study = replace(choice.studies[0], figures=figures, claims=claims)
+    return Choice("tiny", (study,), (*study.figures, *claims)), results
+
+
+def test_a_report_has_figures_pages_and_all_claims(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path)
+    judged = report(choice, results, tmp_path / "out", notes=["mnist is read from m.npz."])
+    folder = tmp_path / "out" / "tiny"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        *("claims.json", "claims.md", "claims.html", "p2.html"),
+        *(f"p2/p2-{i}.{kind}" for i in (1, 2) for kind in ("png", "pdf")),
+    }
+    content = json.loads((folder / "claims.json").read_text())
+    assert content["scale"] == "tiny"
+    assert "mnist is read from m.npz." in content["notes"]
+    assert [(claim["id"], claim["verdict"]) for claim in content["claims"]] == [("p2-a", "pass"), ("p2-b", "not run")]
+    assert content["claims"][0]["runs"] == [job.key for job in choice.jobs if job.key in results][:4]
+    assert "16 of 16 runs missing" in content["claims"][1]["obtained"]
+    assert "1 pass, 1 not run" in (folder / "claims.md").read_text()
+    assert "1 \\| 2" in (folder / "claims.md").read_text()  # a bar in a cell does not end it
+    assert summary(judged, choice.parts) == ["p2: 1 pass, 1 not run"]
+
+
+def test_text_of_claims_is_escaped(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path, text="<script>alert(1)</script>")
+    report(choice, results, tmp_path / "out")
+    for name in ("p2.html", "claims.html"):
+        text = (tmp_path / "out" / "tiny" / name).read_text()
+        assert "<script>alert" not in text
+        assert "&lt;script&gt;alert" in text
+
+
+def test_an_interrupted_report_leaves_the_old_one_and_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, results = small_choice(tmp_path)
+    report(choice, results, tmp_path / "out")
+    old = {path: path.read_bytes() for path in (tmp_path / "out").rglob("claims.*")}
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "markdown", stop)
+        with pytest.raises(KeyboardInterrupt):
+            report(replace(choice, parts=choice.parts[:1]), {}, tmp_path / "out")
+    assert {path: path.read_bytes() for path in old} == old
+    assert not list((tmp_path / "out").rglob(".partial*"))
+    report(choice, {}, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
+    assert {claim["verdict"] for claim in content["claims"]} == {"not run"}
+
+
+def test_figures_say_how_many_runs_are_missing(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path)
+    some = dict(list(results.items())[:2])
+    report(choice, some, tmp_path / "out")
+    assert (tmp_path / "out" / "tiny" / "p2" / "p2-1.png").exists()
+    report(choice, {}, tmp_path / "none")
+    assert "not drawn, 4 of 4 runs missing" in (tmp_path / "none" / "tiny" / "p2.html").read_text()
+    assert not (tmp_path / "none" / "tiny" / "p2").exists()
+
+
+def test_runs_of_several_versions_are_said_to_be(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path)
+    first = choice.jobs[0]
+    other = results | make([first], tmp_path / "later", as_the_paper, version="0.2.0")
+    report(choice, other, tmp_path / "out")
+    assert "residuum 0.1.0 (3), residuum 0.2.0 (1)" in (tmp_path / "out" / "tiny" / "claims.md").read_text()
+    assert "Runs were made by" not in (tmp_path / "out" / "tiny" / "p2.html").read_text().replace(
+        "Runs were made by residuum 0.1.0 (3), residuum 0.2.0 (1)", ""
+    )
+
+
+def test_runs_that_are_not_complete_are_not_gathered(tmp_path: Path) -> None:
+    jobs = stand_ins(choose("tiny", ["p2-1"]).jobs, {})
+    make(list(jobs.values()), tmp_path / "runs", as_the_paper)  # without done.json
+    assert gather(jobs, tmp_path) == {}
+    assert gather(jobs, tmp_path / "nowhere") == {}
+
+
+FIGURE = Figure("f", "page 1", "what it shows", (), lambda results: None)
+
+
+def test_charts_are_the_lines_that_were_drawn() -> None:
+    with drawing.style():
+        figure, (left, right) = drawing.panels("It rises", 1, 2)
+        drawing.line(left, [1, 2, 4], [3.0, 2.0, 1.0], label="<b>trained</b>", number=1, spread=[0.5, 0.0, 0.25])
+        left.axhline(1.5)  # lies in the axes' own coordinates: no data
+        left.set(xlabel="L", ylabel="d", title="left", xscale="log", yscale="log")
+        right.plot([0, 1], [0, 1], color="#009E73")
+        right.plot([0.5], [0.25], marker="*", linestyle="none", label="point")
+        right.set(xlabel="x", ylim=(0, 2))
+    found = shown(FIGURE, figure)
+    assert (found.title, found.picture) == ("It rises", "")
+    (first, one), (_, two) = found.charts
+    (series,) = one["series"]
+    assert (first, one["x"]["log"], one["y"]["log"], one["y"]["title"]) == ("left", True, True, "d")
+    assert (series["x"], series["y"]) == ([1, 2, 4], [3.0, 2.0, 1.0])
+    assert (series["low"], series["high"]) == ([2.5, 2.0, 0.75], [3.5, 2.0, 1.25])
+    assert series["name"] == "&lt;b&gt;trained&lt;/b&gt;"
+    assert series["drawn"] == {"color": "#d55e00", "fill": "rgba(213,94,0,.2)", "dash": "dash", "symbol": "square"}
+    assert [(s["mode"], s["name"]) for s in two["series"]] == [("lines", ""), ("markers", "point")]
+    assert two["y"]["range"] == [0.0, 2.0]
+    assert two["y"]["title"] == "d"  # that of its row
+
+
+def test_what_has_no_lines_is_shown_as_a_picture() -> None:
+    with drawing.style():
+        figure, (axes,) = drawing.panels("Regions", 1, 1)
+        axes.imshow([[0.0, 1.0]])
+    found = shown(FIGURE, figure)
+    assert found.charts == ()
+    assert f"data:image/png;base64,{found.picture[:20]}" in page("t", [], [found], [])
+
+
+def test_a_page_with_charts_has_a_place_for_each(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path)
+    with drawing.style():
+        figures = [shown(figure, figure.draw(results)) for figure in choice.studies[0].figures]
+    text = page("Title", ["note"], figures, [("Claims", [])])
+    places = re.findall(r'id="chart-([^"]+)"', text)
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert places == [chart["id"] for chart in data["charts"]]
+    assert len(places) == 2
+    assert len(set(places)) == len(places)
+
+
+def test_empty_tables_are_said_to_be() -> None:
+    assert counts([]) == "no claims"
+    assert "## p9\n\nno claims." in markdown("t", [], [("p9", [])])
+    assert len(page("t", [], [], [])) < 200_000  # without charts there is no drawing library in it
+    assert pages.VERDICTS[-1] == "not run"
+
+
+def test_figures_are_files_that_can_be_made_again(tmp_path: Path) -> None:
+    def draw(folder: Path) -> dict[str, bytes]:
+        folder.mkdir()
+        with drawing.style():
+            figure, (axes,) = drawing.panels("Title", 1, 1)
+            drawing.line(axes, [1, 2], [1, 2], label="l", number=0)
+            return {path.name: path.read_bytes() for path in drawing.save(figure, folder, "f")}
+
+    first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
+    assert set(first) == {"f.png", "f.pdf"}
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p3-nothing"], "unknown figure, claim or paper"),
+        (["--list", "--check"], "choose one"),
+        (["--files", "cifar10"], "--files takes NAME=FILE.npz"),
+        (["--files", "cifar10=none.npz", "--check"], "no such file"),
+        (["--scale", "small", "--data-root", "."], "does not hold"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.rglob("claims.json"))
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["reproduce", "--check", "--scale", "tiny", "--out", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_checking_an_empty_folder_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["reproduce", "p2-mnist-error", "--check", "--scale", "tiny", "--out", str(out)]) == 0
+    assert "80 not run" in capsys.readouterr().out
+    assert list((out / "runs").iterdir()) == []
+    content = json.loads((out / "tiny" / "claims.json").read_text())
+    assert {claim["verdict"] for claim in content["claims"]} == {"not run"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["reproduce", "p2", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]
+    assert main(arguments) == 0
+    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
+    mine = [claim for claim in content["claims"] if claim["paper"] == "p2"]
+    assert len(mine) == 80
+    assert "not run" not in {claim["verdict"] for claim in mine}
+    assert len(list((tmp_path / "out" / "tiny" / "p2").glob("*.png"))) == 10
+    capsys.readouterr()
+    arguments[1] = "p2-mnist-error"
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*") if path.is_file()}
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing is run twice
