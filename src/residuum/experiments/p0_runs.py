@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from residuum.claims import Results
 from residuum.data import ClutterConfig
@@ -196,6 +197,7 @@ SCALES = {
 }
 
 
+@cache  # most runs are named by many claims, and a key costs a while
 def run_of(
     scale: str,
     data: str,
@@ -207,6 +209,9 @@ def run_of(
     measure: bool = True,
 ) -> Run:
     """One network of the study. All start with equal weights in each section, so the coupling is the only difference.
+
+    The learning rate is 0.05, with which networks with clipped batch norm learn (MNIST, seed 0: with 0.1 they were right
+    on 10 % of the test images after 938 steps), and on Digitclutter, where none is clipped, 0.1.
 
     Args:
         scale: Of `SCALES`.
@@ -231,6 +236,7 @@ def run_of(
     training = TrainConfig(
         epochs=epochs,
         batch=at.batch,
+        lr=0.1 if SETS[data].startswith("Digitclutter") else 0.05,
         # Strength 0 is ordinary training; given as a coupling, it says what sharing is left.
         coupling=Coupling(cell.strength, cell.couple, cell.reduce),
         augment="crop_flip" if scale == "paper" and images.name in ("cifar10", "cifar100") else "none",
