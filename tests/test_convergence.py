@@ -18,6 +18,7 @@ from residuum.probes.intervene import (
     drops,
     drops_first,
     drops_last,
+    extra_runs,
     interventions,
     replacements,
     shuffles,
@@ -52,6 +53,26 @@ class Toy(nn.Module):
 
 def measured(model: nn.Module, x: Tensor, labels: Tensor | None) -> Profile:
     return profile(model.eval(), [(x, labels)], PROBES)
+
+
+def test_extra_runs_are_all_that_the_divergence_index_reads() -> None:
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    toy = Toy(lambda h: h @ turn - h, lambda h: h, blocks=3)
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    many, few, both = (
+        profile(toy.eval(), [(x, toy(x).argmax(1))], [interventions(*kinds)])
+        for kinds in ((unrolls,), (extra_runs,), (extra_runs, unrolls))
+    )
+    losses = [
+        dict(zip(each.measures["unroll_1_loss"].points, each.mean("unroll_1_loss").tolist(), strict=True))
+        for each in (many, few, both)
+    ]
+    assert len(losses[1]) == 3
+    assert losses[2] == losses[0]
+    assert losses[1].items() <= losses[0].items()
+    found = [convergence_indices(each)["divergence"] for each in (many, few, both)]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["network"]["value"] > 0
 
 
 def test_the_interval_of_a_gap_near_0_holds_its_estimate() -> None:

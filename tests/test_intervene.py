@@ -18,6 +18,7 @@ from residuum.probes.intervene import (
     drops,
     drops_first,
     drops_last,
+    extra_runs,
     interventions,
     repeats,
     replacements,
@@ -108,6 +109,7 @@ def test_evaluations_are_the_nodes_of_the_prefix_tree(n: int) -> None:
         replacements: n + (n - 1) * n * (n + 1) // 2,
         drops_last: n,
         drops_first: n + n * (n - 1) // 2,
+        extra_runs: 2 * n,
         partial(unrolls, times=4): n + 4,
         partial(unrolls, times=4, scales=(1.0, 0.5)): n + 8,
     }

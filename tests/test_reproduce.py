@@ -97,7 +97,8 @@ def small_choice(tmp_path: Path, *, text: str = "it is so") -> tuple[Choice, dic
         Claim("p2-a", "page 1", text, "1 | 2", choice.jobs, lambda results: Obtained("2 | 3", "pass"), "few"),
         Claim("p2-b", "page 2", "it is not", "1", choose("tiny", ["p2-ablation"]).jobs, lambda results: None, ""),
     )
-    study = replace(choice.studies[0], figures=figures, claims=claims)
+    (p2,) = (study for study in choice.studies if study.paper == "p2")
+    study = replace(p2, figures=figures, claims=claims)
     return Choice("tiny", (study,), (*study.figures, *claims)), results
 
 

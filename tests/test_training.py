@@ -242,3 +242,19 @@ def test_what_would_fail_later_is_refused_first(digits: Splits) -> None:
     empty = replace(digits.test, images=digits.test.images[:0], labels=digits.test.labels[:0])
     with pytest.raises(ValueError, match="the test split of digits has no images"):
         train(ResNet(NETWORK), Splits(digits.train, empty), TrainConfig(epochs=1))
+
+
+def test_looking_at_the_test_images_less_often_changes_nothing_else(digits: Splits) -> None:
+    histories = []
+    for every in (1, 2):
+        model = ResNet(NETWORK)
+        histories.append(train(model, digits, TrainConfig(epochs=3, batch=32, test_every=every)))
+    often, seldom = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in histories)
+    assert ["test_accuracy" in row for row in seldom] == [False, True, True]
+    assert seldom[1:] == often[1:]
+    assert seldom[0] == {k: v for k, v in often[0].items() if not k.startswith("test_")}
+
+
+def test_no_test_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"test_every \(0\) must be at least 1"):
+        TrainConfig(test_every=0)

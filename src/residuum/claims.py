@@ -154,6 +154,7 @@ class Study:
         figures: Its figures.
         claims: Its claims.
         minutes: Predicted minutes of a job on one core; None where nothing is known.
+        order: The runs that are to be done first, in this order; the others follow.
     """
 
     paper: str
@@ -163,6 +164,7 @@ class Study:
     figures: tuple[Figure, ...]
     claims: tuple[Claim, ...]
     minutes: Callable[[Job], float | None] = field(default=no_estimate)
+    order: tuple[Job, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [part.id for part in (*self.figures, *self.claims)]
@@ -172,8 +174,9 @@ class Study:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The runs of all figures and claims, each once."""
-        return together((*self.figures, *self.claims))
+        """The runs of all figures and claims, each once, in the order in which they are to be done."""
+        wanted = {job.key: job for job in together((*self.figures, *self.claims))}
+        return tuple(({job.key: job for job in self.order if job.key in wanted} | wanted).values())
 
 
 def together(parts: Iterable[Figure | Claim]) -> tuple[Job, ...]:

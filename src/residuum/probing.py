@@ -18,6 +18,7 @@ from residuum.probes import (
     drops,
     drops_first,
     drops_last,
+    extra_runs,
     first_not_finite,
     gradients,
     interventions,
@@ -54,6 +55,7 @@ CHANGES = {
     "swaps": swaps,
     "replacements": replacements,
     "shuffles": shuffles,
+    "extra_runs": extra_runs,
     "unrolls": partial(unrolls, scales=SCALES),
 }
 NAMES = (*PASSIVE, *OTHERS, *LABELLED, *CHANGES)

@@ -34,8 +34,9 @@ class Choice:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The runs that are needed, each once."""
-        return together(self.parts)
+        """The runs that are needed, each once, in the order in which the studies want them."""
+        wanted = {job.key for job in together(self.parts)}
+        return tuple({job.key: job for study in self.studies for job in study.jobs if job.key in wanted}.values())
 
 
 def choose(scale: str, ids: Sequence[str]) -> Choice:

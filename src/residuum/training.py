@@ -51,6 +51,8 @@ class TrainConfig:
             the coupling has achieved.
         penalty: What is added to the loss in training, for networks of ours; None: nothing. For other networks give
             `train` a loss that `penalised` has made.
+        test_every: Epochs from one look at the test images to the next; the last epoch always has one. Epochs of few
+            images are shorter than a look.
         seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
@@ -71,13 +73,13 @@ class TrainConfig:
     augment: str = "none"
     coupling: Coupling | None = None
     penalty: Penalty | None = None
+    test_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.accumulate < 1:
-            raise ValueError(
-                f"epochs ({self.epochs}), batch ({self.batch}) and accumulate ({self.accumulate}) must be at least 1"
-            )
+        counts = {name: getattr(self, name) for name in ("epochs", "batch", "accumulate", "test_every")}
+        if min(counts.values()) < 1:
+            raise ValueError(f"{', '.join(f'{name} ({n})' for name, n in counts.items())} must be at least 1 each")
         if not (0 < self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
             raise ValueError(
                 f"lr ({self.lr}) must be above 0, momentum ({self.momentum}) in [0, 1), "
@@ -203,8 +205,8 @@ def train(
 
     Returns:
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then, with
-        the penalty if there is one), test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see
-        `evaluate`), seconds, and what `after_epoch` returned.
+        the penalty if there is one), seconds, what `after_epoch` returned, and where the test images were looked at
+        test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`).
         For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
         coupling has achieved.
 
@@ -339,27 +341,31 @@ class Job:
         return self.group.sum(total)
 
     def finish_epoch(self, at: Progress) -> Row:
-        """The epoch's row of the history, with the network evaluated in eval mode."""
+        """The epoch's row of the history; the model is in eval mode from here on."""
         self.model.eval()
         self.group.share_buffers(self.model)
-        found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
-        if not math.isfinite(found["loss"]):
-            raise FloatingPointError(
-                f"the loss on the test images is {found['loss']} after epoch {at.epoch + 1}: training has diverged; "
-                f"try a smaller learning rate than {self.config.lr:g}"
-            )
-        if self.progress:
-            said = f"epoch {at.epoch + 1}/{self.config.epochs}, test accuracy {found['accuracy']:.1%}"
-            self.progress((at.epoch + 1) * len(self.images), said)
         row = {
             "epoch": at.epoch + 1,
             "lr": self.optimiser.param_groups[0]["lr"],
             "train_loss": at.total / len(self.images),
         }
-        row |= {f"test_{name}": value for name, value in found.items()}
-        over = overshoot(self.model)
-        row |= {} if over is None else {"overshoot": over}
+        if (at.epoch + 1) % self.config.test_every == 0 or at.epoch + 1 == self.config.epochs:
+            row |= self._tested(at.epoch + 1)
         return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
+
+    def _tested(self, epoch: int) -> Row:
+        """What the network does on the test images; the model is in eval mode."""
+        found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
+        if not math.isfinite(found["loss"]):
+            raise FloatingPointError(
+                f"the loss on the test images is {found['loss']} after epoch {epoch}: training has diverged; "
+                f"try a smaller learning rate than {self.config.lr:g}"
+            )
+        if self.progress:
+            said = f"epoch {epoch}/{self.config.epochs}, test accuracy {found['accuracy']:.1%}"
+            self.progress(epoch * len(self.images), said)
+        over = overshoot(self.model)
+        return {f"test_{name}": value for name, value in found.items()} | ({} if over is None else {"overshoot": over})
 
 
 def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, group: Group) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+from residuum.probing import CHANGES
 from residuum.runs import Job, Run
 
 # Measured with benchmarks/costs.py on one core of an AMD EPYC (Zen 4), torch 2.13, batches of 32 to 128,
@@ -13,24 +14,31 @@ STEP = 5e-3  # seconds per step beside the images' own: dispatch, per 10 blocks
 COUNTS = {"digits": (1297, 500, 8), "mnist": (60_000, 10_000, 28), "fashion-mnist": (60_000, 10_000, 28)}
 USUAL = (50_000, 10_000, 32)  # CIFAR and what has no name
 PROBES = 3  # forwards of a measured image, as given and at initialisation, with the usual probes
+CHANGED = 0.7  # forwards beside these for each intervention and block of the network; for 3 to 5 blocks per section
+LIMITED = 1.3  # cost of a training step with Lipschitz limits
 
 
 def network_minutes(job: Job) -> float | None:
     """Predicted minutes of a training and its measurement on one core; None for other jobs.
 
-    The probes are taken to be those that share a walk; interventions cost a forward for each change, and more.
+    Predictions for interventions on networks of many blocks, and for probes with gradients, are too low.
 
     Args:
         job: The run.
     """
     if not isinstance(job, Run):
         return None
-    train, test, side = COUNTS.get(job.data.name, USUAL)
+    made = (*job.data.clutter_sizes, 32) if job.data.clutter else USUAL
+    train, test, side = COUNTS.get(job.data.name, made)
     train, test = job.data.train or train, job.data.test or test
     image = 1e-3 * sum(
         blocks * math.ceil(side / 2**section) ** 2 * (A + B * width**2)
         for section, (blocks, width) in enumerate(zip(job.model.blocks, job.model.widths, strict=True))
     )
     steps = math.ceil(train / job.training.batch) * STEP * sum(job.model.blocks) / 10
-    measured = 2 * PROBES * FORWARD * min(job.probe_limit or test, test)
-    return (job.training.epochs * (image * (train + FORWARD * test) + steps) + image * measured) / 60
+    factor = LIMITED if job.model.limit else 1.0
+    looks = math.ceil(job.training.epochs / job.training.test_every)
+    forwards = PROBES + CHANGED * sum(job.model.blocks) * len(CHANGES.keys() & set(job.probes)) if job.probes else 0.0
+    measured = 2 * forwards * min(job.probe_limit or test, test)
+    trained = job.training.epochs * factor * (image * train + steps)
+    return (trained + FORWARD * image * (looks * test + measured)) / 60

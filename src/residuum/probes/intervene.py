@@ -161,6 +161,18 @@ def unrolls(lengths: Lengths, *, times: int = 20, scales: Sequence[float] = (1.0
                 yield Case(f"unroll_{scale:g}", "state", Point(s, length + k), full(lengths), k, scale)
 
 
+def extra_runs(lengths: Lengths) -> Iterator[Case]:
+    """The last block of a section run up to as often again as the section has blocks: "unroll_1", as of `unrolls`.
+
+    All that the divergence index reads, at a small part of the cost of `unrolls`.
+
+    Source: P0 (Lippl et al. 2024), divergence index.
+    """
+    for case in unrolls(lengths, times=max(lengths)):
+        if case.extra <= lengths[case.point.section]:
+            yield case
+
+
 def interventions(*kinds: Intervention) -> Probe:
     """One probe of many interventions, which share all that they have in common.
 

@@ -1,0 +1,355 @@
+"""P0: Lippl, Peters and Kriegeskorte 2024, iterative convergent computation in ResNets (PLOS ONE 19(3): e0293440)."""
+
+from collections.abc import Callable
+from functools import partial
+
+from residuum.claims import Claim, Obtained, Results, Study
+from residuum.experiments.costs import network_minutes
+from residuum.experiments.p0_figures import figures
+from residuum.experiments.p0_runs import (
+    BETWEEN,
+    BOUND,
+    COUPLED,
+    FREE,
+    GROUP,
+    RECURRENT,
+    SCALES,
+    SETS,
+    SUMMED,
+    Cell,
+    Seeds,
+    by_worth,
+    limited,
+    of_cell,
+    runs_in,
+)
+from residuum.experiments.p0_verdicts import (
+    AS_LOW,
+    AWAY,
+    NO_GAIN,
+    ONE_BLOCK,
+    Pair,
+    as_low,
+    away,
+    convergence_of,
+    gain,
+    index_falls,
+    index_rises,
+    no_gain,
+    one_block,
+    recurrence_of,
+    rises_along,
+    sharing_of,
+)
+
+ABSTRACT = "P0, abstract"
+DERIVED = "derived, spec of this project, section 5"
+RECONSTRUCTED = "Only the abstract could be read: networks, indices, limits and settings are reconstructed."
+SLOWER = "Coupled gradients are means: equal blocks learn as if shared at a third of the rate; see p0-mnist-4-sum."
+CONVOLUTIONS = "The limit is on convolutions alone; clipped batch norm learned nothing in this time."
+POINTS = f"one-sided bound of 95 % at most {100 * NO_GAIN:g} points"
+
+Test = Callable[[Results], Obtained]
+
+
+def study(scale: str) -> Study:
+    """Runs, figures and claims of P0 at one scale.
+
+    Args:
+        scale: tiny, small or paper.
+    """
+    claims = [claim for data in SETS for claim in _of_data(scale, data)]
+    claims += [claim for data in SCALES[scale].strengths for claim in _along_strengths(scale, data)]
+    claims += [claim for data in SCALES[scale].limits for claim in _of_kinds(scale, data)]
+    claims += [claim for data in SCALES[scale].sizes for claim in _of_sizes(scale, data)]
+    return Study(
+        paper="p0",
+        title="Lippl, Peters and Kriegeskorte 2024, Can neural networks benefit from objectives that encourage iterative "
+        "convergent computations?",
+        scale=scale,
+        about=SCALES[scale].about,
+        figures=figures(scale),
+        claims=(*claims, *_everywhere(scale)),
+        minutes=network_minutes,
+        order=by_worth(scale),
+    )
+
+
+def _claim(
+    name: str, source: str, statement: str, expected: str, test: Test, *, runs: tuple[Seeds, ...], limits: str = ""
+) -> Claim:
+    """A claim; without runs, no run of this scale tests it."""
+    if not runs:
+        return Claim(f"p0-{name}", source, statement, expected, (), None, "no networks with a limit on these data")
+    said = f"{RECONSTRUCTED} {limits}".strip()
+    return Claim(f"p0-{name}", source, statement, expected, runs_in(*runs), test, said)
+
+
+def _of_data(scale: str, data: str) -> list[Claim]:
+    """The claims about one data set, which need its end points only."""
+    return [*_ordinary(scale, data), *_coupled(scale, data), *_limited(scale, data)]
+
+
+def _ordinary(scale: str, data: str) -> list[Claim]:
+    """Claim 1: networks do not learn iterative, convergent solutions by themselves."""
+    free = of_cell(scale, data, FREE)
+    return [
+        _claim(
+            f"{data}-1-{index}",
+            f"{ABSTRACT}: networks do not learn iterative solutions",
+            f"{SETS[data]}: ordinary networks {words}",
+            f"{index} index at {known}",
+            partial(away, runs=free, index=index),
+            runs=(free,),
+        )
+        for index, words, known in (
+            ("convergence", "need their last blocks", f"most {1 - AWAY:g}"),
+            ("recurrence", "have blocks that cannot stand for each other", f"most {1 - AWAY:g}"),
+            ("divergence", "lose the answer when the last block goes on", f"least {AWAY:g}"),
+        )
+    ]
+
+
+def _coupled(scale: str, data: str) -> list[Claim]:
+    """Claims 2 to 4: what coupling does without a limit."""
+    free, coupled = (of_cell(scale, data, cell) for cell in (FREE, COUPLED))
+    up: tuple[Pair, ...] = ((coupled, free),)
+    rows: tuple[tuple[str, str, str, str, Test], ...] = (
+        (
+            "2-recurrence",
+            "recurrence regularisation",
+            "strength 1 makes blocks more interchangeable than strength 0",
+            "recurrence index higher",
+            partial(index_rises, pairs=up, index="recurrence"),
+        ),
+        (
+            "3-convergence",
+            "recurrent networks are more convergent",
+            "strength 1 makes networks settle earlier than strength 0",
+            "convergence index higher",
+            partial(index_rises, pairs=up, index="convergence"),
+        ),
+        (
+            "3-divergence",
+            "recurrent networks are more convergent",
+            "strength 1 makes networks more stable under further steps than strength 0",
+            "divergence index lower",
+            partial(index_falls, pairs=up, index="divergence"),
+        ),
+        (
+            "4-accuracy",
+            "recurrence does not improve accuracy",
+            "strength 1 is not more accurate than strength 0",
+            f"gain: {POINTS}",
+            partial(no_gain, pairs=up),
+        ),
+        (
+            "4-freedom",
+            "unconstrained networks benefit from the freedom of non-recurrent blocks",
+            "strength 0 is more accurate than strength 1",
+            "difference above 0",
+            partial(gain, pairs=((free, coupled),)),
+        ),
+    )
+    return [
+        _claim(
+            f"{data}-{name}",
+            f"{ABSTRACT}: {what}",
+            f"{SETS[data]}: {text}",
+            known,
+            test,
+            runs=(free, coupled),
+            limits=SLOWER if name.startswith("4") else "",
+        )
+        for name, what, text, known, test in rows
+    ]
+
+
+def _limited(scale: str, data: str) -> list[Claim]:
+    """Claims 5 and 6: what the Lipschitz limit does, and coupling with it."""
+    bare = [of_cell(scale, data, cell) for cell in (FREE, COUPLED)]
+    bound = [] if data in SCALES[scale].free_only else [of_cell(scale, data, cell) for cell in limited(data)]
+    added, removed = tuple(zip(bound, bare, strict=False)), tuple(zip(bare, bound, strict=False))
+    both = "at strengths 0 and 1"
+    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...]], ...] = (
+        (
+            "5-convergence",
+            "the Lipschitz constraint makes networks convergent",
+            f"a limit of {BOUND:g} makes networks settle earlier, {both}",
+            "convergence index higher",
+            partial(index_rises, pairs=added, index="convergence"),
+            (*bare, *bound),
+        ),
+        (
+            "5-divergence",
+            "the Lipschitz constraint makes networks convergent",
+            f"a limit of {BOUND:g} makes networks more stable under further steps, {both}",
+            "divergence index lower",
+            partial(index_falls, pairs=added, index="divergence"),
+            (*bare, *bound),
+        ),
+        (
+            "5-accuracy",
+            "the Lipschitz constraint lowers accuracy",
+            f"a limit of {BOUND:g} makes networks less accurate, {both}",
+            "difference above 0",
+            partial(gain, pairs=removed),
+            (*bare, *bound),
+        ),
+        (
+            "6-accuracy",
+            "in constrained networks recurrence does not hurt",
+            f"with a limit of {BOUND:g}, strength 1 is not less accurate than strength 0",
+            f"loss: {POINTS}",
+            partial(no_gain, pairs=(tuple(bound),)),
+            tuple(bound),
+        ),
+    )
+    limits = "" if not bound or limited(data)[0].clipped else CONVOLUTIONS
+    return [
+        _claim(
+            f"{data}-{name}",
+            f"{ABSTRACT}: {what}",
+            f"{SETS[data]}: {text}",
+            known,
+            test,
+            runs=runs if bound else (),
+            limits=limits,
+        )
+        for name, what, text, known, test, runs in rows
+    ]
+
+
+def _along_strengths(scale: str, data: str) -> list[Claim]:
+    """Whether what strength 1 does comes gradually, and whether it only learns more slowly."""
+    free, summed = of_cell(scale, data, FREE), of_cell(scale, data, SUMMED)
+    cells = [of_cell(scale, data, cell) for cell in (FREE, *map(Cell, BETWEEN), COUPLED)]
+    known, stronger = "rank correlation with the strength above 0, mean over seeds", "the stronger the coupling"
+    rows = (
+        ("gradual", f"{ABSTRACT}: recurrence regularisation", "blocks are the more interchangeable", recurrence_of),
+        ("sharing", DERIVED, "weights stay the more alike", sharing_of),
+    )
+    return [
+        *(
+            _claim(
+                f"{data}-2-{name}",
+                source,
+                f"{SETS[data]}: {words}, {stronger}",
+                known,
+                partial(rises_along, cells=cells, of=of),
+                runs=tuple(cells),
+            )
+            for name, source, words, of in rows
+        ),
+        _claim(
+            f"{data}-4-sum",
+            f"{ABSTRACT}: recurrence does not improve accuracy",
+            f"{SETS[data]}: strength 1 with summed gradients, those of shared weights, is not more accurate than 0",
+            f"gain: {POINTS}",
+            partial(no_gain, pairs=((summed, free),)),
+            runs=(summed, free),
+            limits="The sum has three times the step of the mean, and the same weight decay.",
+        ),
+    ]
+
+
+def _of_kinds(scale: str, data: str) -> list[Claim]:
+    """Networks that are recurrent to the bit, those with group norm, and the order of limits."""
+    free = of_cell(scale, data, FREE)
+    one, bounded, group, grouped = (of_cell(scale, data, cell) for cell in (*RECURRENT, *GROUP))
+    bounds = sorted((*SCALES[scale].bounds, BOUND), reverse=True)
+    limits = [free, *(of_cell(scale, data, Cell(0.0, c, limited(data)[0].clipped)) for c in bounds)]
+    words = ", ".join(("none", *(f"{c:g}" for c in bounds)))
+    every_statistic = "Each application is trained with the statistics of its own batches, evaluated with common ones."
+    return [
+        _claim(
+            f"{data}-3-one",
+            f"{ABSTRACT}: recurrent networks are more convergent",
+            f"{SETS[data]}: one recurrent block (weights and batch norm) settles earlier than ordinary blocks",
+            "convergence index higher",
+            partial(index_rises, pairs=((one, free),), index="convergence"),
+            runs=(one, free),
+            limits=every_statistic,
+        ),
+        _claim(
+            f"{data}-3-group",
+            f"{ABSTRACT}: recurrent networks are more convergent",
+            f"{SETS[data]}: one recurrent block with group norm settles earlier than ordinary blocks with group norm",
+            "convergence index higher",
+            partial(index_rises, pairs=((grouped, group),), index="convergence"),
+            runs=(grouped, group),
+        ),
+        _claim(
+            f"{data}-one-block",
+            DERIVED,
+            f"{SETS[data]}: networks of one recurrent block have recurrence 1 and lose the same without their first "
+            "blocks as without their last, to the bit",
+            ONE_BLOCK,
+            partial(one_block, cells=(one, bounded)),
+            runs=(one, bounded),
+        ),
+        _claim(
+            f"{data}-5-gradual",
+            f"{ABSTRACT}: the Lipschitz constraint makes networks convergent",
+            f"{SETS[data]}: networks settle the earlier, the lower the limit ({words})",
+            "rank correlation above 0, mean over seeds",
+            partial(rises_along, cells=limits, of=convergence_of),
+            runs=tuple(limits),
+        ),
+    ]
+
+
+def _of_sizes(scale: str, data: str) -> list[Claim]:
+    """Sample efficiency, and whether recurrent networks can fit what they see."""
+    at = SCALES[scale]
+    pairs = [tuple(of_cell(scale, data, cell, size=size) for cell in (COUPLED, FREE)) for size in at.sizes[data]]
+    words = ", ".join(f"{size:,}" for size in at.sizes[data])
+    return [
+        _claim(
+            f"{data}-4-samples",
+            f"{ABSTRACT}: recurrence does not improve sample efficiency",
+            f"{SETS[data]}: trained on {words} images, strength 1 is not more accurate than strength 0",
+            f"gain: {POINTS}, at every size",
+            partial(no_gain, pairs=pairs),
+            runs=tuple(runs for pair in pairs for runs in pair),
+            limits=f"All sizes have the same number of steps, to 5 %. {SLOWER}",
+        ),
+        _claim(
+            f"{data}-express",
+            f"{ABSTRACT}: networks can express iterative solutions",
+            f"{SETS[data]}: on {at.sizes[data][0]:,} images, strength 1 reaches the training loss of strength 0",
+            f"difference by the loss of guessing: one-sided bound of 95 % at most {AS_LOW:g}",
+            partial(as_low, pair=pairs[0], images=at.data[data]),
+            runs=pairs[0],
+            limits="Blocks have equal convolutions and batch norms of their own.",
+        ),
+    ]
+
+
+def _everywhere(scale: str) -> list[Claim]:
+    """Claim 7: on no data set does the bias help."""
+    at = SCALES[scale]
+    free, coupled = ([of_cell(scale, data, cell) for data in SETS] for cell in (FREE, COUPLED))
+    having = [data for data in SETS if data not in at.free_only]
+    bounded = [of_cell(scale, data, limited(data)[1]) for data in having]
+    ordinary = [of_cell(scale, data, FREE) for data in having]
+    names = ", ".join(SETS[data] for data in having)
+    return [
+        _claim(
+            "7-recurrent",
+            f"{ABSTRACT}: not a useful inductive bias",
+            "On no data set is strength 1 more accurate than strength 0",
+            f"gain: {POINTS}, on each of {len(SETS)} data sets",
+            partial(no_gain, pairs=tuple(zip(coupled, free, strict=True))),
+            runs=(*free, *coupled),
+            limits=SLOWER,
+        ),
+        _claim(
+            "7-convergent",
+            f"{ABSTRACT}: not a useful inductive bias",
+            f"On no data set is strength 1 with a limit of {BOUND:g} more accurate than an ordinary network ({names})",
+            f"gain: {POINTS}, on each",
+            partial(no_gain, pairs=tuple(zip(bounded, ordinary, strict=True))),
+            runs=(*bounded, *ordinary),
+        ),
+    ]

@@ -1,0 +1,409 @@
+"""P0's figures, as the project's specification of it lists them: (a) to (e), and two of ours."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from residuum.claims import Figure, Results
+from residuum.drawing import line, panels
+from residuum.effects import Effect, paired
+from residuum.experiments.p0_runs import (
+    BETWEEN,
+    COUPLED,
+    FREE,
+    INDICES,
+    SCALES,
+    SETS,
+    Cell,
+    Seeds,
+    accuracies,
+    cells_of,
+    done,
+    ends_of,
+    errors_by_blocks,
+    guess_error,
+    index_of,
+    limited,
+    of_cell,
+    runs_in,
+    shuffled_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+Drawn = "matplotlib.figure.Figure | None"
+Table = Mapping[Cell, Seeds]  # the networks of one data set
+KINDS = "sum: with summed gradients; all: one recurrent block."
+BARS = "Means over seeds; bars: their standard deviation, where there are several."
+STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1, all")
+ALONG = "coupling strength"
+# number of the line's style by what is bounded
+LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
+GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
+
+
+def figures(scale: str) -> tuple[Figure, ...]:
+    """The figures of the study."""
+    at = SCALES[scale]
+    tables = {data: {cell: of_cell(scale, data, cell) for cell in cells_of(scale, data)} for data in SETS}
+    ends = {data: {cell: runs for cell, runs in tables[data].items() if cell in ends_of(data)} for data in SETS}
+    swept = {data: tables[data] for data in at.strengths}
+    sizes = {
+        data: {
+            size: {cell: of_cell(scale, data, cell, size=size) for cell in ends[data] if _sized(scale, cell)}
+            for size in at.sizes[data]
+        }
+        | {at.data[data].train or 0: {cell: runs for cell, runs in ends[data].items() if _sized(scale, cell)}}
+        for data in at.sizes
+    }
+    clutter = {data: table for data, table in ends.items() if SETS[data].startswith("Digitclutter")}
+    shuffled = {data: {0: shuffled_of(scale, data)} for data in SETS}
+    controls = (*shuffled.values(), *(table[FREE] for table in ends.values()))
+    where = "P0, reconstructed after its abstract; spec of this project, section 5.7"
+    made = (
+        (
+            "effects",
+            "What strength 1 changes against strength 0 in networks of the same seed, by data set, without and with a "
+            "limit of 1 (Digitclutter: of convolutions only). Bars: 95 % over seeds. Undefined indices are left out.",
+            _all(ends),
+            partial(_effects, tables=ends),
+        ),
+        (
+            "a",
+            "Error against the number of blocks left out at a section's end (negative) or of further runs of its last "
+            f"block (positive), mean over the sections; dotted: guessing. Test images that were measured. {BARS}",
+            _all(ends),
+            partial(_errors, tables=ends),
+        ),
+        (
+            "b",
+            f"The three indices, means over the sections, against the strength, a line for each limit; {KINDS} {BARS}",
+            _all(swept),
+            partial(_indices, tables=swept),
+        ),
+        (
+            "c",
+            f"Accuracy on all test images against the strength, a line for each limit; {KINDS} {BARS}",
+            _all(tables),
+            partial(_accuracy, tables=tables),
+        ),
+        (
+            "d",
+            f"Accuracy against the number of training images, all trained for the same number of steps. {BARS}",
+            runs_in(*(runs for table in sizes.values() for cells in table.values() for runs in cells.values())),
+            partial(_sizes, tables=sizes),
+        ),
+        (
+            "e",
+            f"Accuracy (all digits right) and indices against the digits of an image; crosses: with debris. {BARS}",
+            _all(clutter),
+            partial(_clutter, tables=clutter),
+        ),
+        (
+            "controls",
+            "The three indices by agreement with the network's own answers: trained, at calibrated initialisation, and "
+            f"trained on shuffled labels (one seed). {BARS}",
+            runs_in(*controls),
+            partial(_controls, tables=ends, shuffled=shuffled),
+        ),
+    )
+    return tuple(Figure(f"p0-{name}", where, caption, jobs, draw) for name, caption, jobs, draw in made)
+
+
+def _sized(scale: str, cell: Cell) -> bool:
+    return cell.bound is None or SCALES[scale].limited_sizes
+
+
+def _all(tables: Mapping[str, Table]) -> tuple:
+    return runs_in(*(runs for table in tables.values() for runs in table.values()))
+
+
+def _having(results: Results, tables: Mapping[str, Table]) -> dict[str, dict[Cell, Seeds]]:
+    """What is complete, without data sets and cells of which nothing is."""
+    found = {
+        data: {cell: there for cell, runs in table.items() if (there := done(results, runs))}
+        for data, table in tables.items()
+    }
+    return {data: table for data, table in found.items() if table}
+
+
+def _draw(axes: "Axes", points: Iterable[tuple[float, Sequence[float]]], label: str, number: int) -> None:
+    """Means with bars of their standard deviation over seeds, where there are values."""
+    known = [(x, values) for x, values in points if len(values)]
+    if known:
+        spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for _, values in known]
+        means = [float(np.mean(values)) for _, values in known]
+        line(axes, [x for x, _ in known], means, label=label, number=number, spread=spread)
+
+
+def _legend(axes: "Axes") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _ticks(axes: "Axes", names: Sequence[str], *, turned: bool = False) -> None:
+    axes.set_xticks(range(len(names)), names, **({"rotation": 35, "ha": "right"} if turned else {}))
+    axes.set_xlim(-0.4, len(names) - 0.6)
+
+
+def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
+    """Strength 1 less strength 0, of accuracy and the indices."""
+    having = _having(results, tables)
+    quantities = ("accuracy", *INDICES)
+    found: dict[tuple[str, bool], dict[str, Effect]] = {}
+    for quantity in quantities:
+        for bounded in (False, True):
+            by_data = {
+                data: _change(results, table, limited(data) if bounded else (FREE, COUPLED), quantity)
+                for data, table in having.items()
+            }
+            found[quantity, bounded] = {data: effect for data, effect in by_data.items() if effect}
+    if not any(found.values()):
+        return None
+    figure, axes = panels("", 1, 4, height=4.2)
+    for ax, quantity in zip(axes, quantities, strict=True):
+        for bounded in (False, True):
+            effects = found[quantity, bounded]
+            if effects:
+                x = [list(having).index(data) + 0.2 * bounded for data in effects]
+                ends = [e.high - e.value if np.isfinite(e.high) else 0.0 for e in effects.values()]
+                name = ("no limit", "limit 1")[bounded]
+                line(ax, x, [e.value for e in effects.values()], label=name, number=2 * bounded, spread=ends)
+        for drawn in ax.get_lines():
+            drawn.set_linestyle("none")
+        ax.axhline(0, color="0.5", linewidth=1)
+        label = "accuracy, points" if quantity == "accuracy" else f"{quantity} index"
+        ax.set(ylabel=f"strength 1 less 0: {label}", title=quantity)
+        _ticks(ax, [SETS[data] for data in having], turned=True)
+        _legend(ax)
+    said = found["recurrence", False]
+    clear = [sum(e.low > 0 for e in said.values()), len(said)]
+    better = sum(e.low > 0 for e in found["accuracy", False].values())
+    figure.suptitle(
+        f"Coupling without a limit: blocks more interchangeable on {clear[0]} of {clear[1]} data sets, networks "
+        f"more accurate on {better} of {len(found['accuracy', False])} (95 % over seeds)"
+    )
+    return figure
+
+
+def _change(results: Results, table: Table, cells: Sequence[Cell], quantity: str) -> Effect | None:
+    """Strength 1 less strength 0; None where nothing is known."""
+    if not all(cell in table for cell in cells):
+        return None
+    before, after = (_values(results, table[cell], quantity) for cell in cells)
+    if not before.keys() & after.keys():
+        return None
+    return paired(after, before)
+
+
+def _values(results: Results, runs: Seeds, quantity: str) -> dict[int, float]:
+    """Accuracy in percent, or an index where it is defined, by seed."""
+    if quantity == "accuracy":
+        return {seed: 100 * right for seed, right in accuracies(results, runs).items()}
+    return index_of(results, runs, quantity, none=True)
+
+
+def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
+    """Error by blocks left out or added."""
+    having = _having(results, tables)
+    if not having:
+        return None
+    shown = [(data, (FREE, COUPLED)) for data in having]
+    shown += [(data, limited(data)) for data, table in having.items() if any(cell in table for cell in limited(data))]
+    figure, axes = _grid(len(shown))
+    for ax, (data, cells) in zip(axes, shown, strict=True):
+        for number, cell in enumerate(cells):
+            curves = [errors_by_blocks(results, run) for run in having[data].get(cell, {}).values()]
+            points = [(float(k), [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
+            _draw(ax, points, f"strength {cell.coupled}", 3 * number)
+        any_run = next(iter(next(iter(having[data].values())).values()))
+        ax.axhline(100 * guess_error(results, any_run), color="0.5", linestyle=":", linewidth=1.2)
+        ax.set(title=f"{SETS[data]}, {'limit 1' if cells[0].bound else 'no limit'}", ylim=(0, 104))
+        ax.set(xlabel="blocks left out (-) or added (+)", ylabel="error, %")
+        _legend(ax)
+    data = next(iter(having))
+    said = [
+        f"{np.mean([100 * (curve[-1] - curve[0]) for curve in curves]):.0f} points at strength {cell.coupled}"
+        for cell in (FREE, COUPLED)
+        if (curves := [errors_by_blocks(results, run) for run in having[data].get(cell, {}).values()])
+    ]
+    figure.suptitle(f"{SETS[data]}: a section without its last block costs {' and '.join(said)}" if said else "")
+    return figure
+
+
+def _grid(count: int) -> tuple["Canvas", list["Axes"]]:
+    """An empty figure of so many panels, four in a row."""
+    columns = min(4, count)
+    figure, axes = panels("", -(-count // columns), columns)
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
+def _strength(cell: Cell) -> float:
+    """Place of a cell on the axis of strengths."""
+    return float(STRENGTHS.index(cell.coupled))
+
+
+def _by_limit(table: Table, data: str) -> dict[float | None, dict[Cell, Seeds]]:
+    """The networks with batch norm, as the data set limits it, by limit, along strengths."""
+    clipped = limited(data)[0].clipped
+    found: dict[float | None, dict[Cell, Seeds]] = {}
+    for cell in sorted(table, key=_strength):
+        recurrent = cell.couple == "all"
+        if cell.norm == "batch" and (cell.bound is None or recurrent or cell.clipped == clipped):
+            found.setdefault(cell.bound, {})[cell] = table[cell]
+    return {bound: found[bound] for bound in LIMITS if bound in found}
+
+
+def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str) -> None:
+    """One quantity against the strength, one line for each limit."""
+    for bound, cells in _by_limit(table, data).items():
+        number, name = LIMITS[bound]
+        points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
+        _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
+        for point in points:  # other kinds of coupling are no part of the line
+            _draw(ax, [point] * (point[0] > _strength(COUPLED)), "_", number)
+    _ticks(ax, STRENGTHS)
+    ax.set_xlabel(ALONG)
+
+
+def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
+    """Three indices against the strength, for each limit."""
+    having = _having(results, tables)
+    if not having:
+        return None
+    figure, axes = panels("", len(having), 3, width=4.6)
+    for row, (data, table) in enumerate(having.items()):
+        for column, index in enumerate(INDICES):
+            ax = axes[3 * row + column]
+            _along(ax, results, table, data, index)
+            ax.set(title=f"{SETS[data]}, {index}", ylabel=f"{index} index ({GOOD[index]})", ylim=(-0.03, 1.03))
+        _legend(axes[3 * row])
+    said = [_ends(results, table, "recurrence", SETS[data]) for data, table in having.items()]
+    figure.suptitle("; ".join(filter(None, said)))
+    return figure
+
+
+def _ends(results: Results, table: Table, quantity: str, name: str) -> str:
+    """A quantity at strengths 0 and 1 without limit, in words; "" where it is not known."""
+    ends = [list(_values(results, table.get(cell, {}), quantity).values()) for cell in (FREE, COUPLED)]
+    if not all(ends):
+        return ""
+    low, high = (float(np.mean(values)) for values in ends)
+    unit, digits = ("%", 1) if quantity == "accuracy" else ("", 2)
+    return f"{name}: {quantity} {low:.{digits}f}{unit} at strength 0, {high:.{digits}f}{unit} at 1"
+
+
+def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
+    """Accuracy against the strength, one panel for each data set."""
+    having = _having(results, tables)
+    if not having:
+        return None
+    figure, axes = _grid(len(having))
+    for ax, (data, table) in zip(axes, having.items(), strict=True):
+        _along(ax, results, table, data, "accuracy")
+        ax.set(title=SETS[data], ylabel="test accuracy, %")
+        _legend(ax)
+    changes = [
+        effect.value for table in having.values() if (effect := _change(results, table, (FREE, COUPLED), "accuracy"))
+    ]
+    if changes:
+        figure.suptitle(
+            f"Strength 1 changes accuracy by {min(changes):+.1f} to {max(changes):+.1f} points without a limit "
+            f"(means of {len(changes)} data set{'s' * (len(changes) > 1)})"
+        )
+    return figure
+
+
+def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Drawn:
+    """Accuracy against the number of training images."""
+    having = {
+        data: {size: cells for size, table in sizes.items() if (cells := _having(results, {"": table}).get(""))}
+        for data, sizes in tables.items()
+    }
+    having = {data: sizes for data, sizes in having.items() if sizes}
+    if not having:
+        return None
+    figure, axes = panels("", 1, len(having), width=5.2, height=4.2)
+    gains = []
+    for ax, (data, sizes) in zip(axes, having.items(), strict=True):
+        for number, cell in enumerate(ends_of(data)):
+            points = [
+                (float(n), list(_values(results, t[cell], "accuracy").values())) for n, t in sizes.items() if cell in t
+            ]
+            _draw(ax, points, f"strength {cell.coupled}{', limit 1' if cell.bound else ''}", number)
+        changes = (_change(results, table, (FREE, COUPLED), "accuracy") for table in sizes.values())
+        gains += [effect.value for effect in changes if effect]
+        ax.set_xscale("log")
+        ax.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
+        ax.set_xticks([], minor=True)
+        ax.set(title=SETS[data], xlabel="training images", ylabel="test accuracy, %")
+        _legend(ax)
+    if gains:
+        figure.suptitle(
+            f"With fewer images strength 1 changes accuracy by {min(gains):+.1f} to {max(gains):+.1f} points"
+        )
+    return figure
+
+
+def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
+    """Accuracy and indices against the number of digits."""
+    having = _having(results, tables)
+    if not having:
+        return None
+    figure, axes = panels("", 1, 4, height=4.0)
+    quantities = ("accuracy", *INDICES)
+    for ax, quantity in zip(axes, quantities, strict=True):
+        for number, cell in enumerate(ends_of("clutter3")):
+            name = f"strength {cell.coupled}{', limit 1' if cell.bound else ''}"
+            values = {d: list(_values(results, table.get(cell, {}), quantity).values()) for d, table in having.items()}
+            points = [(float(data[-1]), values[data]) for data in sorted(having) if data != "debris"]
+            _draw(ax, points, name, number)
+            debris = values.get("debris")
+            if debris:
+                colour = ax.get_lines()[-1].get_color() if ax.get_lines() else "0.3"
+                ax.plot([3.15], [np.mean(debris)], marker="x", linestyle="none", color=colour, label=f"{name}, debris")
+        label = (
+            "all digits right, % of test images" if quantity == "accuracy" else f"{quantity} index ({GOOD[quantity]})"
+        )
+        ax.set(title=quantity, xlabel="digits in an image", ylabel=label, xticks=(2, 3, 4, 5))
+        if quantity != "accuracy":
+            ax.set_ylim(-0.03, 1.03)
+    _legend(axes[0])
+    said = [_ends(results, table, "accuracy", SETS[data]) for data, table in having.items() if data == "clutter3"]
+    figure.suptitle("".join(said))
+    return figure
+
+
+def _controls(results: Results, *, tables: Mapping[str, Table], shuffled: Mapping[str, Seeds]) -> Drawn:
+    """Indices by agreement: trained, at initialisation, on shuffled labels."""
+    having = {data: there for data, table in tables.items() if (there := done(results, table[FREE]))}
+    if not having:
+        return None
+    figure, axes = panels("", 1, 3, width=4.8, height=4.2)
+    means: dict[tuple[str, str], float] = {}
+    for ax, index in zip(axes, INDICES, strict=True):
+        for number, name in enumerate(("trained", "at initialisation", "shuffled labels")):
+            points = []
+            for place, (data, runs) in enumerate(having.items()):
+                asked = done(results, shuffled[data]) if number == 2 else runs
+                network = "initial" if number == 1 else ""
+                values = list(index_of(results, asked, index, network=network, by="agreement", none=True).values())
+                points.append((place + 0.15 * (number - 1), values))
+            _draw(ax, points, name, number)
+            means[index, name] = float(np.mean([v for _, values in points for v in values] or [np.nan]))
+        for drawn in ax.get_lines():
+            drawn.set_linestyle("none")
+        ax.set(title=f"{index} ({GOOD[index]})", ylabel=f"{index} index by agreement", ylim=(-0.03, 1.03))
+        _ticks(ax, [SETS[data] for data in having], turned=True)
+    _legend(axes[0])
+    figure.suptitle(
+        f"Ordinary networks: recurrence by agreement {means['recurrence', 'at initialisation']:.2f} at initialisation "
+        f"(equal weights), {means['recurrence', 'trained']:.2f} after training"
+    )
+    return figure

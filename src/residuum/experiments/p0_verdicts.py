@@ -1,0 +1,125 @@
+"""What P0's claims are tested by: from finished runs to effects, and their thresholds."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from residuum.claims import Obtained, Results, above, at_least, at_most, below, equals, every
+from residuum.effects import Effect, mean_over, over_examples, paired
+from residuum.experiments.p0_runs import Seeds, accuracies, index_of, losses, right_by_image, sharing
+from residuum.runs import DataConfig
+
+# "Clearly away from the ideal": a tenth of the way to guessing, three times what 500 images leave uncertain.
+AWAY = 0.1
+NO_GAIN = 0.005  # "does not improve", "does not hurt": half a point of accuracy
+ONE_SIDED = 0.90  # level of an interval whose ends are one-sided bounds of 95 %
+# "Comparable training": one twentieth of the way from nothing learned to everything.
+AS_LOW = 0.05
+
+Pair = tuple[Seeds, Seeds]  # what is compared with what: after, before
+
+
+def away(results: Results, *, runs: Seeds, index: str) -> Obtained:
+    """An index of networks that are not convergent, or not iterative: its mean over seeds away from the ideal."""
+    effect = mean_over(list(index_of(results, runs, index).values()))
+    return at_least(effect, AWAY) if index == "divergence" else at_most(effect, 1 - AWAY)
+
+
+def index_rises(results: Results, *, pairs: Sequence[Pair], index: str) -> Obtained:
+    """An index, of the same seeds, is larger in the first of each pair."""
+    return every(above(_index_change(results, pair, index), 0.0) for pair in pairs)
+
+
+def index_falls(results: Results, *, pairs: Sequence[Pair], index: str) -> Obtained:
+    """An index, of the same seeds, is smaller in the first of each pair."""
+    return every(below(_index_change(results, pair, index), 0.0) for pair in pairs)
+
+
+def _index_change(results: Results, pair: Pair, index: str) -> Effect:
+    return paired(*(index_of(results, runs, index) for runs in pair))
+
+
+def no_gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
+    """One-sided bound of 95 % on the accuracy that the first of each pair has more."""
+    return every(_beside(results, pair, at_most(_gain(results, pair, ONE_SIDED), NO_GAIN)) for pair in pairs)
+
+
+def gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
+    """The first of each pair is right more often."""
+    return every(_beside(results, pair, above(_gain(results, pair), 0.0)) for pair in pairs)
+
+
+def _gain(results: Results, pair: Pair, level: float = 0.95) -> Effect:
+    return paired(*(accuracies(results, runs) for runs in pair), level=level)
+
+
+def _beside(results: Results, pair: Pair, found: Obtained) -> Obtained:
+    """With the interval over test images, of these very networks, beside that over seeds."""
+    common = [seed for seed in pair[0] if seed in pair[1]]
+    if not all(pair[0][seed].probes for seed in common):
+        return found
+    columns = [np.mean(right_by_image(results, [runs[seed] for seed in common]), axis=0) for runs in pair]
+    images = over_examples(np.stack(columns, 1), lambda means: float(means[0] - means[1]))
+    return replace(found, value=f"{found.value}; of these networks {images}", effects=(*found.effects, images))
+
+
+def rises_along(
+    results: Results, *, cells: Sequence[Seeds], of: Callable[[Results, Seeds], dict[int, float]]
+) -> Obtained:
+    """Kendall's rank correlation of a number with the order of the cells, mean over the seeds that all have."""
+    from scipy.stats import kendalltau
+
+    tables = [of(results, runs) for runs in cells]
+    common = sorted(set.intersection(*(set(table) for table in tables)))
+    found = [float(kendalltau(range(len(tables)), [table[seed] for table in tables]).statistic) for seed in common]
+    if any(math.isnan(tau) for tau in found):
+        raise ValueError("all values are equal, so there is no order among them")
+    # Seeds that agree in every rank leave a student's interval of length 0; it says that they agree, which is all.
+    return above(mean_over(found), 0.0)
+
+
+def recurrence_of(results: Results, runs: Seeds) -> dict[int, float]:
+    """The recurrence index by seed."""
+    return index_of(results, runs, "recurrence")
+
+
+def convergence_of(results: Results, runs: Seeds) -> dict[int, float]:
+    """The convergence index by seed."""
+    return index_of(results, runs, "convergence")
+
+
+def sharing_of(results: Results, runs: Seeds) -> dict[int, float]:
+    """The achieved sharing by seed."""
+    return sharing(results, runs)
+
+
+def one_block(results: Results, *, cells: Sequence[Seeds]) -> Obtained:
+    """Recurrence 1 and gap 0, both exactly: a section of equal blocks with one set of statistics is one block."""
+    recurrence, gap = (
+        [value for runs in cells for value in index_of(results, runs, name).values()]
+        for name in ("recurrence", "drop_gap")
+    )
+    return equals(f"least recurrence {min(recurrence):g}, largest gap {max(gap):g}", ONE_BLOCK)
+
+
+ONE_BLOCK = "least recurrence 1, largest gap 0"
+
+
+def as_low(results: Results, *, pair: Pair, images: DataConfig) -> Obtained:
+    """Training loss of the first less that of the second, by that of knowing nothing but how frequent classes are."""
+    after, before = ({s: v / guess_loss(images) for s, v in losses(results, runs).items()} for runs in pair)
+    return at_most(paired(after, before, level=ONE_SIDED), AS_LOW)
+
+
+def guess_loss(images: DataConfig) -> float:
+    """Loss of an answer that gives every class its frequency.
+
+    Args:
+        images: The data; classes are equally frequent.
+    """
+    if images.clutter is None:
+        return math.log(100 if images.name == "cifar100" else 10)
+    p = images.clutter.digits / 10
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
