@@ -169,6 +169,7 @@ OTHER = {
     "training.coupling.reduce": "sum",
     "training.coupling.rate": Cosine(),
     "training.coupling.rate.at": ((0.5, 0.1),),
+    "training.test_every": 2,
     "training.penalty": None,
     "training.penalty.divergence": 0.1,
     "training.penalty.jacobian": 0.1,
@@ -276,7 +277,7 @@ DEFAULTS = {
     | {"relaxed": None, "limit": None, "step": None},
     TrainConfig: {"epochs": 20, "batch": 64, "lr": 0.1, "rate": STEPS_RATE, "optimiser": "sgd", "momentum": 0.9}
     | {"clip": None, "weight_decay": 1e-4, "accumulate": 1, "precision": "float32", "augment": "none"}
-    | {"coupling": None, "penalty": None, "seed": 0},
+    | {"coupling": None, "penalty": None, "test_every": 1, "seed": 0},
     Sharing: {"free": 5, "statistics": "unshared", "affine": "unshared", "gamma": 0.1, "everywhere": False},
     Limit: {"bound": 1.0, "size": 32, "norm": "clipped"},
     Penalty: {"divergence": 0.0, "jacobian": 0.0, "magnitude": 0.0, "variation": 0.0, "power": 0.0, "squashed": True}

@@ -64,8 +64,8 @@ def study(scale: str) -> Study:
     claims += [claim for data in SCALES[scale].sizes for claim in _of_sizes(scale, data)]
     return Study(
         paper="p0",
-        title="Lippl, Peters and Kriegeskorte 2024, Can neural networks benefit from objectives that encourage iterative "
-        "convergent computations?",
+        title="Lippl, Peters and Kriegeskorte 2024, Can neural networks benefit from objectives that encourage "
+        "iterative convergent computations?",
         scale=scale,
         about=SCALES[scale].about,
         figures=figures(scale),
