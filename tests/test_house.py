@@ -23,7 +23,7 @@ ROWS = [
     ["solvers"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers"],
-    ["models", "profiles", "titles", "facts", "stability"],
+    ["models", "profiles", "titles", "facts", "stability", "solving"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
     ["probing", "panels"],
@@ -171,6 +171,10 @@ OPTIONS = {
         "alike",
         "lipschitz",
         "lipschitz_norm",
+        "step",
+        "dt",
+        "tol",
+        "reversible",
     }
     | COMMON,
     "probe": {
