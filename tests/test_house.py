@@ -26,6 +26,7 @@ ROWS = [
     ["models", "profiles", "titles", "facts", "stability", "solving"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
+    ["efforts"],
     ["probing", "panels"],
     ["report"],
     ["results", "flags"],

@@ -44,7 +44,7 @@ class Effort:
         return Effort(**sums | {"residual": max(self.residual, other.residual)})
 
 
-Efforts = dict[str, dict[str, dict[str, float]]]  # block -> direction -> the fields of an `Effort`
+Efforts = dict[str, dict[str, dict[str, int | float]]]  # block -> direction -> the fields of an `Effort`
 
 
 def effort_of(solved: Record | Solution) -> Effort:
