@@ -92,7 +92,7 @@ def test_reversible_sections_of_limited_implicit_blocks() -> None:
         assert (q.grad - p.grad).norm() <= 1e-3 * p.grad.norm(), name
 
 
-@pytest.mark.parametrize("step", [Verlet(0.25), Theta(0.5, 0.05, solver=Anderson(1e-4))], ids=["verlet", "theta"])
+@pytest.mark.parametrize("step", [Verlet(0.25), Theta(0.5, 0.05, solver=Anderson(1e-5))], ids=["verlet", "theta"])
 def test_memory_is_flat_in_depth(step: object) -> None:
     """States that a block more costs in a training step: hardly any when reversible, several when not."""
     slopes = {}
@@ -191,6 +191,10 @@ def test_names_that_are_wrong_are_refused(text: str, more: dict, message: str) -
             {"reversible": True, "step": Theta(0.0), "norm": "batch"},
             "the inverse of Theta solves an equation, which batch norm changes; use norm 'group'",
         ),
+        (
+            {"reversible": True, "step": Theta(solver=Anderson(1e-4))},
+            "reversible rebuilds states by solving the equation backwards, to 1e-05 or better; the solver's tol is 0.0001",
+        ),
     ],
 )
 def test_networks_that_cannot_be_undone_are_refused(more: dict, message: str) -> None:
@@ -202,14 +206,14 @@ def test_networks_that_cannot_be_undone_are_refused(more: dict, message: str) ->
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small implicit network that the command line has trained."""
     out = tmp_path_factory.mktemp("runs") / "theta"
-    network = "--blocks 2 1 --widths 4 8 --norm group --step theta:0.5 --dt 0.25 --tol 1e-4 --reversible"
+    network = "--blocks 2 1 --widths 4 8 --norm group --step theta:0.5 --dt 0.25 --tol 1e-5 --reversible"
     assert main(f"train --out {out} {network} --limit 40 --epochs 2 --batch 20".split()) == 0
     return out
 
 
 def test_the_command_line_trains_an_implicit_network(folder: Path) -> None:
     config = load_model(str(folder)).model.config
-    assert config.step == Theta(0.5, 0.25, solver=Anderson(1e-4))
+    assert config.step == Theta(0.5, 0.25, solver=Anderson(1e-5))
     assert config.reversible
     history = json.loads((folder / "history.json").read_text())
     assert [row["solves"]["sections.1.0"]["backward"]["examples"] for row in history] == [40, 40]

@@ -15,6 +15,7 @@ Step = Explicit | Theta | RungeKutta | Verlet | Additive | Leapfrog | Midpoint |
 
 _VALUES = (*Step.__args__, Tableau, PartitionedTableau, Picard, Anderson, NewtonKrylov, Neumann, GMRES, BiCGStab)
 _KINDS = {kind.__name__: kind for kind in _VALUES}
+_REBUILT = 1e-5  # a tenth of the drift that a reversible stack allows, which adds up over the blocks between anchors
 # Steps by the names of the command line, with the setting that may follow the colon.
 _NAMED = {
     "explicit": (Explicit, None),
@@ -71,7 +72,8 @@ def check_network(step: Step, *, norm: str, widths: Sequence[int], reversible: b
     """Refuse a step that the blocks of a network cannot take.
 
     Raises:
-        ValueError: If it solves an equation with batch norm in it, cannot halve the channels, or cannot be undone.
+        ValueError: If it solves an equation with batch norm in it, cannot halve the channels, or cannot be undone
+            well enough.
     """
     name = type(step).__name__
     if solves(step) and norm == "batch":
@@ -82,8 +84,14 @@ def check_network(step: Step, *, norm: str, widths: Sequence[int], reversible: b
         return
     if isinstance(step, Explicit):
         raise ValueError("Explicit has no inverse; reversible needs another step, as Verlet or Theta")
-    if isinstance(step, Theta | RungeKutta) and solves(step.inverse) and norm == "batch":
-        raise ValueError(f"the inverse of {name} solves an equation, which batch norm changes; use norm 'group'")
+    if isinstance(step, Theta | RungeKutta) and (solves(step) or solves(step.inverse)):
+        if norm == "batch":
+            raise ValueError(f"the inverse of {name} solves an equation, which batch norm changes; use norm 'group'")
+        if step.solver.tol > _REBUILT:
+            raise ValueError(
+                f"reversible rebuilds states by solving the equation backwards, to {_REBUILT:g} or better; the solver's "
+                f"tol is {step.solver.tol:g}"
+            )
 
 
 def solves(step: Step) -> bool:
