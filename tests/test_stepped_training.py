@@ -39,7 +39,7 @@ def trained(config: ResNetConfig, **settings: int) -> tuple[dict[str, torch.Tens
     return model.state_dict(), history
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", ["theta", pytest.param("gauss", marks=pytest.mark.slow), "verlet", "momentum"])
 def test_reversible_training_in_parts_is_ordinary_training(kind: str) -> None:
     step, tolerance = STEPS[kind]
     weights, history = trained(replace(SMALL, step=step))
@@ -94,11 +94,11 @@ def test_reversible_sections_of_limited_implicit_blocks() -> None:
 
 @pytest.mark.parametrize("step", [Verlet(0.25), Theta(0.5, 0.05, solver=Anderson(1e-5))], ids=["verlet", "theta"])
 def test_memory_is_flat_in_depth(step: object) -> None:
-    """States that a block more costs in a training step: hardly any when reversible, several when not."""
+    """States that a block more costs in a training step: none below the first anchor, several if not reversible."""
     slopes = {}
     for reversible in (True, False):
         peaks = []
-        for depth in (21, 41):
+        for depth in (4, 12):
             model = ResNet(ResNetConfig((depth,), (4,), 1, norm="group", step=step, reversible=reversible))
             x = torch.randn(8, 1, 12, 12)
             model(x).sum().backward()  # the first backward measures amplifications
@@ -107,7 +107,7 @@ def test_memory_is_flat_in_depth(step: object) -> None:
             with Bytes() as bytes_:
                 model(x).sum().backward()
             peaks.append(bytes_.peak / (8 * 4 * 12 * 12 * 4))
-        slopes[reversible] = (peaks[1] - peaks[0]) / 20
+        slopes[reversible] = (peaks[1] - peaks[0]) / 8
     assert slopes[True] <= 0.1
     assert slopes[False] > 2
 
@@ -193,7 +193,7 @@ def test_names_that_are_wrong_are_refused(text: str, more: dict, message: str) -
         ),
         (
             {"reversible": True, "step": Theta(solver=Anderson(1e-4))},
-            "reversible rebuilds states by solving the equation backwards, to 1e-05 or better; the solver's tol is 0.0001",
+            "reversible rebuilds states by solving .* to 1e-05 or better; tol of the solver is 0.0001",
         ),
     ],
 )
@@ -237,7 +237,7 @@ def test_every_probe_measures_a_stepped_network(folder: Path, step: str, tmp_pat
     assert ("What the solvers took" in page) == (step == "theta")
 
 
-def test_a_failing_solver_is_one_line_and_the_checkpoint_stays(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_failing_solver_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     network = "--blocks 2 --widths 4 --norm group --step theta:0.5 --lr 1e4 --epochs 3 --clip 1e9"
     assert main(f"train --out {tmp_path / 'run'} {network} --limit 40 --batch 20".split()) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -48,7 +48,8 @@ def step_of(text: str, *, dt: float | None = None, tol: float | None = None) -> 
         what = "nothing after a colon" if setting is None else f"a tableau after a colon: {', '.join(TABLEAUS)}"
         raise ValueError(f"step {text!r}: {name} takes {what}")
     given = {setting: _setting(text, setting, value)} if colon else {}
-    given |= {key: v for key, v in (("dt", dt), ("solver", tol and Anderson(tol))) if v is not None}
+    given |= {} if dt is None else {"dt": dt}
+    given |= {} if tol is None else {"solver": Anderson(tol)}
     made = kind(**given) if given.keys() <= {f.name for f in fields(kind)} else None
     if made is None or (tol is not None and not solves(made)):
         raise ValueError(f"step {text!r} has no {'step size' if made is None and dt is not None else 'solver'}")
@@ -89,8 +90,8 @@ def check_network(step: Step, *, norm: str, widths: Sequence[int], reversible: b
             raise ValueError(f"the inverse of {name} solves an equation, which batch norm changes; use norm 'group'")
         if step.solver.tol > _REBUILT:
             raise ValueError(
-                f"reversible rebuilds states by solving the equation backwards, to {_REBUILT:g} or better; the solver's "
-                f"tol is {step.solver.tol:g}"
+                f"reversible rebuilds states by solving the equation backwards, to {_REBUILT:g} or better; tol of the "
+                f"solver is {step.solver.tol:g}"
             )
 
 
