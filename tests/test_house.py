@@ -35,9 +35,10 @@ ROWS = [
     ["solvers", "descriptions"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers", "drawing"],
-    ["models", "profiles", "titles", "facts", "stability", "penalties"],
+    ["models", "profiles", "titles", "facts", "stability", "penalties", "solving"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
+    ["efforts"],
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],
@@ -190,6 +191,10 @@ OPTIONS = {
         "lipschitz",
         "lipschitz_norm",
         "penalty",
+        "step",
+        "dt",
+        "tol",
+        "reversible",
     }
     | COMMON,
     "probe": {

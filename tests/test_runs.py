@@ -135,6 +135,7 @@ OTHER = {
     "model.sharing.everywhere": True,
     "model.alike": 0.5,
     "model.relaxed": 0.5,
+    "model.reversible": True,
     "model.limit": None,
     "model.limit.bound": 0.5,
     "model.limit.size": 8,
@@ -186,6 +187,7 @@ OTHER = {
 WITH = {  # what must change together with a field, or the settings would refuse themselves
     "model.norm": {"model.sharing": NAIVE, "model.limit": None},
     "model.alike": {"model.sharing": None},
+    "model.reversible": {"model.sharing": None, "model.limit": None, "model.step": Verlet(0.1)},
     "model.sharing.statistics": {"model.limit": None},
     "model.sharing.affine": {"model.limit": None},
     "data.name": {"data.clutter": None, "data.clutter_sizes": DataConfig.clutter_sizes},
@@ -274,7 +276,7 @@ GMRES_DEFAULTS = {"kind": "GMRES", "tol": 1e-3, "max_steps": 60, "restart": 20}
 DEFAULTS = {
     ResNetConfig: {"blocks": [2, 2, 2], "widths": [16, 32, 64], "channels": 3, "classes": 10, "transition": "separate"}
     | {"head": "norm", "bias": False, "stem": None, "cells": 1, "norm": "batch", "sharing": None, "alike": 0.0}
-    | {"relaxed": None, "limit": None, "step": None},
+    | {"relaxed": None, "limit": None, "step": None, "reversible": False},
     TrainConfig: {"epochs": 20, "batch": 64, "lr": 0.1, "rate": STEPS_RATE, "optimiser": "sgd", "momentum": 0.9}
     | {"clip": None, "weight_decay": 1e-4, "accumulate": 1, "precision": "float32", "augment": "none"}
     | {"coupling": None, "penalty": None, "test_every": 1, "seed": 0},

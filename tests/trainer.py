@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from residuum.data import Splits, load_splits
+from residuum.layers.anystep import step_of
 from residuum.layers.coupling import Coupling
+from residuum.models import ResNet, ResNetConfig
 from residuum.training import TrainConfig, train
 
 
@@ -75,6 +77,9 @@ def main(out: str, checkpoint: str, norm: str, kill_at: str, *settings: str) -> 
     model = Small(norm=norm == "NORM", dropout=float(options.get("dropout", "0.2")))
     coupling = Coupling(float(options["couple"])) if "couple" in options else None
     model = Coupled() if coupling else model
+    if "step" in options:
+        step, reversible = step_of(options["step"], dt=0.25), options.get("reversible") == "1"
+        model = ResNet(ResNetConfig((2,), (4,), 1, norm="group", step=step, reversible=reversible))
     model = model.double() if double else model
     steps = 0
 

@@ -1,7 +1,7 @@
 """Checkpoints: all that a training needs to go on as if it had not been stopped, in one file that appears whole."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Progress:
         step: Steps done in the next one.
         total: Sum of that epoch's losses over its images so far.
         history: One row per complete epoch.
+        solves: What the blocks' solves took in the next epoch so far (`residuum.solving`).
     """
 
     epoch: int = 0
     step: int = 0
     total: float = 0.0
     history: tuple[dict[str, Any], ...] = ()
+    solves: dict[str, Any] = field(default_factory=dict)
 
 
 def here(world: int, device: str) -> dict[str, Any]:
@@ -123,4 +125,4 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             state.setdefault(int(index), {})[name] = kept
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     progress = content["progress"]
-    return Progress(progress["epoch"], progress["step"], progress["total"], tuple(progress["history"]))
+    return Progress(**progress | {"history": tuple(progress["history"])})

@@ -48,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"residuum: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        from residuum.layers.reversible import DriftError
+        from residuum.solve import ConvergenceError
+
+        if isinstance(error, ConvergenceError | DriftError):
+            print(f"residuum: {error}", file=sys.stderr)
+            return 2
         if "memory" not in str(error):
             raise
         print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)

@@ -20,6 +20,7 @@ from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_spl
 from residuum.files import new_folder
 from residuum.folding import fold_coupled
 from residuum.indices import depth_advice, indices
+from residuum.layers.anystep import step_of
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import NAIVE, UBN
@@ -308,6 +309,8 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
     idle = {
         "--couple-norms needs --couple": flags.couple_norms and not flags.couple,
         "--lipschitz-norm needs --lipschitz": flags.lipschitz_norm != "clipped" and flags.lipschitz is None,
+        "--dt, --tol and --reversible need --step": flags.step is None
+        and (flags.dt is not None or flags.tol is not None or flags.reversible),
         "--free needs --sharing": flags.free != options.Train.free and flags.sharing == "none",
         "blocks that share their weights cannot be coupled: leave out --couple or --sharing": flags.couple
         and flags.sharing != "none",
@@ -315,9 +318,17 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
     for problem, present in idle.items():
         if present:
             raise ValueError(problem)
-    alike = float(flags.couple > 0) if flags.alike is None else flags.alike
+    step = None if flags.step is None else step_of(flags.step, dt=flags.dt, tol=flags.tol)
+    alike = float(flags.couple > 0 and step is None) if flags.alike is None else flags.alike
     limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
-    config = replace(scaled(config, flags.width_factor), norm=flags.norm, alike=alike, limit=limit)
+    config = replace(
+        scaled(config, flags.width_factor),
+        norm=flags.norm,
+        alike=alike,
+        limit=limit,
+        step=step,
+        reversible=flags.reversible,
+    )
     if flags.sharing == "none":
         return config
     return replace(config, sharing=replace(UBN if flags.sharing == "ubn" else NAIVE, free=flags.free))

@@ -71,6 +71,12 @@ class Train:
         lipschitz_norm: allowed leaves batch norm alone, so that only the convolutions are limited.
         penalty: Added to the loss, as name:weight: divergence, jacobian, magnitude (of what each block adds), variation
             (of the weights from block to block). All but the last need norm group or none.
+        step: How blocks step on, if not by h + f(h): explicit, theta:0.5 (or another theta), rk:gauss4 (or another
+            tableau), verlet, additive, leapfrog, midpoint, momentum:0.9. Those that solve an equation, theta and
+            implicit rk, need --norm group or none.
+        dt: Step size of that.
+        tol: Tolerance of its solver.
+        reversible: Train it with few stored states: the backward rebuilds them.
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
@@ -105,6 +111,10 @@ class Train:
     lipschitz: float | None = None
     lipschitz_norm: Literal["clipped", "allowed"] = "clipped"
     penalty: tuple[str, ...] = ()
+    step: str | None = None
+    dt: float | None = None
+    tol: float | None = None
+    reversible: bool = False
     blocks: tuple[int, ...] = (4, 4, 4)
     widths: tuple[int, ...] = (16, 32, 64)
     transition: Literal["separate", "projection", "pool"] = "separate"

@@ -29,12 +29,14 @@ class Record:
             where the map is not finite.
         converged: Whether the residual is within the tolerance.
         evaluations: Evaluations of f, or products with the Jacobian or its transpose, each for the whole batch.
+        start: The residual at the start; None of a solver that does not say it.
     """
 
     steps: Int[Tensor, " example"]
     residual: Float[Tensor, " example"]
     converged: Bool[Tensor, " example"]
     evaluations: int
+    start: Float[Tensor, " example"] | None = None
 
 
 @runtime_checkable
@@ -148,6 +150,7 @@ class Progress:
         self.active = x.new_ones(len(x), dtype=torch.bool)
         self.steps = x.new_zeros(len(x), dtype=torch.long)
         self.residual = x.new_full((len(x),), math.inf)
+        self.start: Tensor | None = None
 
     def note(self, g: Tensor, x: Tensor) -> int:
         """Take the residuals g at x down; how many rows are still at work."""
@@ -156,6 +159,7 @@ class Progress:
         if self.most < math.inf:  # where x is huge g may be 0 by rounding alone
             seen, length = seen.maximum(torch.finfo(x.dtype).eps * length), length.clamp_max(self.most)
         self.residual = torch.where(self.active, seen / (1 + length), self.residual)
+        self.start = self.residual if self.start is None else self.start
         self.active = self.active & (self.residual > self.tol) & (self.residual < math.inf)
         return int(self.active.sum())
 
@@ -165,7 +169,7 @@ class Progress:
 
     def record(self, evaluations: int) -> Record:
         """How it ended."""
-        return Record(self.steps, self.residual, self.residual <= self.tol, evaluations)
+        return Record(self.steps, self.residual, self.residual <= self.tol, evaluations, self.start)
 
 
 def _norm(x: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from residuum.layers.anystep import Step, branches_of, solves
+from residuum.layers.anystep import Step, branches_of, check_network
 from residuum.layers.coupling import mix_weights_
 from residuum.layers.lipschitz import Limit, clip_, limit_
+from residuum.layers.reversible import Reversible
 from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
 from residuum.names import unknown
 from residuum.streams import Block, Section, Stream
@@ -47,6 +48,8 @@ class ResNetConfig:
         step: How the branch f of a residual block becomes the block; None: h + f(h). A step that solves an equation
             needs norm "group" or "none". A two-state step acts on halves of the channels, its branches are as wide.
             Blocks that change the shape stay as they are.
+        reversible: Train each section as a `reversible` stack, with a number of stored states that hardly grows with
+            its blocks: in the backward their inverses rebuild the others. Needs a step that has an inverse.
 
     Source: P1 (Jastrzebski et al. 2018), section 4; P2 (Hauser 2019), section 3, eq. 13: L blocks in each of three
     sections of 16, 32, 64 channels.
@@ -67,6 +70,7 @@ class ResNetConfig:
     relaxed: float | None = None
     limit: Limit | None = None
     step: Step | None = None
+    reversible: bool = False
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.widths):
@@ -100,8 +104,12 @@ class ResNetConfig:
             )
         if self.sharing is not None:
             self._check(self.sharing)
+        if self.step is None and self.reversible:
+            raise ValueError("blocks h + f(h) cannot be undone; reversible needs a step, as Verlet or Theta")
         if self.step is not None:
-            self._check_step(self.step)
+            check_network(self.step, norm=self.norm, widths=self.widths, reversible=self.reversible)
+        if self.step is not None and self.alike:
+            raise ValueError("alike is for blocks h + f(h); leave out step or alike")
 
     def _check(self, sharing: Sharing) -> None:
         if max(self.blocks) <= sharing.free:
@@ -110,16 +118,6 @@ class ResNetConfig:
             )
         if self.norm != "batch" and not sharing.naive:
             raise ValueError(f"there is no batch norm to unshare with norm {self.norm!r}; share all of it")
-
-    def _check_step(self, step: Step) -> None:
-        if solves(step) and self.norm == "batch":
-            raise ValueError(
-                f"{type(step).__name__} solves an equation, which batch norm changes; use norm 'group' or 'none'"
-            )
-        if any(width % branches_of(step)[1] for width in self.widths):
-            raise ValueError(f"{type(step).__name__} acts on halves of the channels, but widths are {self.widths}")
-        if self.alike:
-            raise ValueError("alike is for blocks h + f(h); leave out step or alike")
 
     @property
     def first(self) -> int:
@@ -231,6 +229,11 @@ class ResNet(nn.Module):
         self.widen = None if config.first == widths[0] else self._transition(config.first, widths[0], stride=1)
         self.transitions = nn.ModuleList(self._transition(a, b, stride=2) for a, b in pairwise(widths))
         self.sections = nn.ModuleList(self._section(s) for s in range(len(widths)))
+        # Not submodules: they hold the blocks of the sections once more.
+        self.stacks = [
+            (Block(f"section {s + 1}", Reversible(blocks)),) if len(blocks) else ()
+            for s, blocks in enumerate(self.sections if config.reversible else ())
+        ]
         self.norm = _norm(config.norm, widths[-1]) if config.head == "norm" else None
         self.dense = nn.Linear(widths[-1] * config.cells**2, config.classes)
         if config.sharing is not None and config.sharing.everywhere:
@@ -327,7 +330,11 @@ class ResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "example channel row column"]) -> Float[Tensor, "example class"]:
         """Logits: a full run of the stream."""
-        return self.cut(x).run(keep=False).output
+        stream = self.cut(x)
+        if self.config.reversible and self.training and torch.is_grad_enabled():
+            pairs = zip(stream.sections, self.stacks, strict=True)
+            stream = replace(stream, sections=tuple(replace(section, blocks=stack) for section, stack in pairs))
+        return stream.run(keep=False).output
 
 
 def resnet(depth: int, *, classes: int = 10, channels: int = 3, sharing: Sharing | None = None) -> ResNetConfig:

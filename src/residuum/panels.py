@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from residuum import changed, charts, conclusions, facts, plots, titles
+from residuum import changed, charts, conclusions, efforts, facts, plots, titles
 from residuum.changed import by_count, kind
 from residuum.charts import Chart, Curve
 from residuum.facts import Facts
@@ -39,7 +39,7 @@ def one_panels(result: Result) -> dict[str, Panel]:
         found["depth"] = Panel(charts.depth_ranges("depth", advice, eps), titles.depth(advice, eps))
     if result.history and "test_accuracy" in result.history[-1]:
         found["training"] = Panel(charts.history("training", result.history), titles.training(result.history))
-    return found
+    return found | {key: Panel(*solves) for key, solves in efforts.charts(result).items()}
 
 
 def many_panels(results: Sequence[Result]) -> dict[str, Panel]:
@@ -68,7 +68,8 @@ def many_panels(results: Sequence[Result]) -> dict[str, Panel]:
 
 def tables(results: Sequence[Result]) -> dict[str, Facts]:
     """The tables of indices, verdicts and brackets by key; those that were not measured are left out."""
-    found = facts.of_many(results) if len(results) > 1 else facts.of_one(results[0])
+    many = len(results) > 1
+    found = facts.of_many(results) if many else facts.of_one(results[0]) | {"solved": efforts.table(results[0])}
     return {key: table for key, table in found.items() if table.rows}
 
 

@@ -54,6 +54,7 @@ class Solution:
         converged: Whether the residual is within the tolerance.
         evaluations: Evaluations of f on the batch, those for the gradients included, and products with its Jacobian.
         adjoint: One record per linear solve of a backward pass so far; its residual is `|g + J^T v - v| / (|g| + |v|)`.
+        start: The residual at the start per example; None of a solver that does not say it.
     """
 
     value: Float[Tensor, " example *state"]
@@ -62,6 +63,7 @@ class Solution:
     converged: Bool[Tensor, " example"]
     evaluations: int
     adjoint: list[Record] = field(default_factory=list)
+    start: Float[Tensor, " example"] | None = None
 
 
 def fixed_point(
@@ -113,7 +115,9 @@ def fixed_point(
             map_ = _Recorded(f, rows, recording)
             y, record = solver.solve(map_, rows.flat(x))
         _judge("fixed_point", solver, record, throw)
-        solution = Solution(rows.shaped(y), record.steps, record.residual, record.converged, record.evaluations)
+        solution = Solution(
+            rows.shaped(y), record.steps, record.residual, record.converged, record.evaluations, start=record.start
+        )
         if torch.is_grad_enabled() or forward_mode:
             return _differentiable(map_, solution, y, adjoint, throw)
         return solution

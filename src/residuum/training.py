@@ -24,6 +24,8 @@ from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.rates import Rate, Steps
+from residuum.solve import ConvergenceError
+from residuum.solving import Solves, added, summary
 
 Row = dict[str, Any]  # one epoch of a history
 EVALUATION_BATCH = 500
@@ -208,9 +210,12 @@ def train(
         the penalty if there is one), seconds, what `after_epoch` returned, and where the test images were looked at
         test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`).
         For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
-        coupling has achieved.
+        coupling has achieved; for implicit ones solves, the `summary` per block of the epoch's training steps (under
+        torchrun of process 0's images).
 
     Raises:
+        ConvergenceError: If a block's equation was not solved, forwards or backwards; the message says in which block,
+            epoch and step. The checkpoint is as for the next.
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
             the last complete epoch or step before.
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
@@ -220,7 +225,8 @@ def train(
     with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
         job = Job(model, data, config, loss, group, after_backward, progress)
         given = {"data": data.train.sha256, "images": len(data.train), "labels": data.train.labelling}
-        about = config.describe() | given | here(group.size, job.device)
+        network = {"network": repr(getattr(model, "config", type(model).__name__))}
+        about = config.describe() | given | network | here(group.size, job.device)
         at = Progress()
         if checkpoint is not None and checkpoint.exists():
             at = resume_(checkpoint, model, job.optimiser, about)
@@ -275,6 +281,7 @@ class Job:
         _check(model, data, config, loss, group)
         like = next(model.parameters())
         self.device = str(like.device)
+        self.solves = Solves(model)
         self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
         self.count = math.ceil(len(data.train) / config.batch)  # steps of an epoch
         model.to(memory_format=torch.channels_last)
@@ -291,7 +298,8 @@ class Job:
             torch.manual_seed(_seed(self.config.seed, at.epoch * self.count + at.step, 1 + self.group.rank))
             images = min(self.config.batch, len(self.images) - at.step * self.config.batch)
             value = self._step(x, y, at, images)
-            at = replace(at, step=at.step + 1, total=at.total + images * value)
+            solves = added(at.solves, self.solves.take())
+            at = replace(at, step=at.step + 1, total=at.total + images * value, solves=solves)
             if self.progress:
                 done = at.epoch * len(self.images) + min(at.step * self.config.batch, len(self.images))
                 self.progress(done, f"epoch {at.epoch + 1}/{self.config.epochs}, loss {value:.3f}")
@@ -303,7 +311,10 @@ class Job:
         share = (at.epoch + at.step / self.count) / config.epochs
         for settings in self.optimiser.param_groups:
             settings["lr"] = config.lr * config.rate(share)
-        value = self._gradients(x, y, images)
+        try:
+            value = self._gradients(x, y, images)
+        except ConvergenceError as error:
+            raise ConvergenceError(f"epoch {at.epoch + 1}, step {at.step + 1} of {self.count}, {error}") from error
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} in epoch {at.epoch + 1}, step {at.step + 1} of {self.count}: "
@@ -333,10 +344,12 @@ class Job:
             weight = len(some) / images
             bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
             with self.group.gradients_wait(self.wrapped, number + 1 < len(parts)):
-                with bf16, parametrize.cached():  # limits take one step, however often a block is applied
+                # Limits take one step, however often a block is applied.
+                with bf16, parametrize.cached(), self.solves.forward():
                     value = self.loss(self.wrapped, some, labels)
                 # Processes' gradients are averaged, so each counts its images as if all processes had as many.
-                (value * (weight * self.group.size)).backward()
+                with self.solves.backward():
+                    (value * (weight * self.group.size)).backward()
             total += weight * value.item()
         return self.group.sum(total)
 
@@ -351,11 +364,17 @@ class Job:
         }
         if (at.epoch + 1) % self.config.test_every == 0 or at.epoch + 1 == self.config.epochs:
             row |= self._tested(at.epoch + 1)
+        row |= {"solves": summary(at.solves)} if at.solves else {}
         return row | (self.config.coupling.after_epoch(self.model) if self.config.coupling else {})
 
     def _tested(self, epoch: int) -> Row:
         """What the network does on the test images; the model is in eval mode."""
-        found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
+        try:
+            with self.solves.forward():
+                found = evaluate(self.model, self.data.test, loss=self.loss, preparation=self.data.train.preparation)
+        except ConvergenceError as error:
+            raise ConvergenceError(f"on the test images after epoch {epoch}, {error}") from error
+        self.solves.take()  # a history tells of training steps
         if not math.isfinite(found["loss"]):
             raise FloatingPointError(
                 f"the loss on the test images is {found['loss']} after epoch {epoch}: training has diverged; "

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from residuum.layers.replays import Key, Record, captured
 from residuum.layers.steps import ThetaBlock
 from residuum.solve import BiCGStab, ConvergenceError
+from residuum.solve import Record as Solved
 
 _PULL: Key = (-2, 0)  # the product with the transposed Jacobian of f at its place in the equation
 
@@ -39,7 +40,8 @@ class LightRecord(Record):
         """As of a record; nothing of the solve is kept."""
         step, f = self.block.step, self.block.branch
         with torch.no_grad():
-            y = self.block(h)
+            solution = self.block.solve(h)
+        y = solution.value
         held = _Hold.apply(torch.zeros((), device=h.device, requires_grad=True), y)
         slots: dict[Key, Tensor] = {}
         if step.form == "midpoint":
@@ -50,7 +52,7 @@ class LightRecord(Record):
             if step.theta < 1:
                 side = torch.add(side, captured(f, h, 0, slots, give)[0], alpha=(1 - step.theta) * step.dt)
         slots.clear()
-        return _Solved.apply(side, y, lambda: give(_PULL), step)
+        return _Solved.apply(side, y, lambda: give(_PULL), step, solution.adjoint)
 
     def back(self, y: Tensor, *, capture: bool = False) -> tuple[Tensor, dict[Key, Any] | None]:
         """As of a record; two evaluations of f more than the inverse give all that the gradient needs."""
@@ -98,8 +100,8 @@ class _Solved(Function):
     """The value y; its backward solves the adjoint equation."""
 
     @staticmethod
-    def forward(ctx: Any, side: Tensor, y: Tensor, ask: Callable[[], Any], step: Any) -> Tensor:
-        ctx.ask, ctx.step = ask, step
+    def forward(ctx: Any, side: Tensor, y: Tensor, ask: Callable[[], Any], step: Any, records: list[Solved]) -> Tensor:
+        ctx.ask, ctx.step, ctx.records = ask, step, records
         return y.view_as(y)
 
     @staticmethod
@@ -107,10 +109,12 @@ class _Solved(Function):
         pull, step = ctx.ask(), ctx.step
         factor, linear = step.theta * step.dt, step.adjoint or BiCGStab(step.solver.tol)
         z, record = linear.invert(lambda v: factor * pull(v.view(g.shape)).flatten(1), g.flatten(1))
+        ctx.records.append(record)
+        ctx.records = []  # lets go of it: deep stacks of narrow states would keep more for records than for states
         if not bool(record.converged.all()):
             raise ConvergenceError(
                 f"reversible: the adjoint of a Theta step did not converge for {int((~record.converged).sum())} of "
                 f"{len(g)} examples in {int(record.steps.max())} steps to {linear.tol:.1e}; a smaller dt or another "
                 "adjoint solver may help"
             )
-        return z.view(g.shape), None, None, None
+        return z.view(g.shape), None, None, None, None

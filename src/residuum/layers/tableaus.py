@@ -210,3 +210,7 @@ DIRK3 = tableau("dirk3", [[_D, 0.0], [1 - 2 * _D, _D]], [1 / 2, 1 / 2], 3)
 SYMPLECTIC_EULER = PartitionedTableau("symplectic euler", BACKWARD_EULER, EULER, 1)
 STOERMER_VERLET = symplectic_pair("stoermer-verlet", TRAPEZOID, 2)
 LOBATTO_PAIR4 = symplectic_pair("lobatto pair", LOBATTO4, 4)
+
+_ALL = (EULER, BACKWARD_EULER, HEUN, RK4, GAUSS2, GAUSS4, GAUSS6, RADAU3, RADAU5, TRAPEZOID, LOBATTO4, DIRK2, DIRK3)
+_ALL_PAIRS = (SYMPLECTIC_EULER, STOERMER_VERLET, LOBATTO_PAIR4)
+TABLEAUS = {made.name.replace(" ", "-"): made for made in (*_ALL, *_ALL_PAIRS)}
