@@ -43,6 +43,7 @@ STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1,
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
+CONVOLUTIONS = (5, "limit 1, convolutions")
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
 
 
@@ -249,21 +250,20 @@ def _strength(cell: Cell) -> float:
     return float(STRENGTHS.index(cell.coupled))
 
 
-def _by_limit(table: Table, data: str) -> dict[float | None, dict[Cell, Seeds]]:
-    """The networks with batch norm, as the data set limits it, by limit, along strengths."""
+def _lines(table: Table, data: str) -> dict[tuple[int, str], dict[Cell, Seeds]]:
+    """The networks of each line, along strengths, by the line's style and name."""
     clipped = limited(data)[0].clipped
-    found: dict[float | None, dict[Cell, Seeds]] = {}
+    found: dict[tuple[int, str], dict[Cell, Seeds]] = {}
     for cell in sorted(table, key=_strength):
-        recurrent = cell.couple == "all"
-        if cell.norm == "batch" and (cell.bound is None or recurrent or cell.clipped == clipped):
-            found.setdefault(cell.bound, {})[cell] = table[cell]
-    return {bound: found[bound] for bound in LIMITS if bound in found}
+        usual = cell.bound is None or cell.couple == "all" or cell.clipped == clipped
+        name = (6, "group norm") if cell.norm == "group" else LIMITS[cell.bound] if usual else CONVOLUTIONS
+        found.setdefault(name, {})[cell] = table[cell]
+    return dict(sorted(found.items()))
 
 
 def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str) -> None:
     """One quantity against the strength, one line for each limit."""
-    for bound, cells in _by_limit(table, data).items():
-        number, name = LIMITS[bound]
+    for (number, name), cells in _lines(table, data).items():
         points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
         _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
         for point in points:  # other kinds of coupling are no part of the line
