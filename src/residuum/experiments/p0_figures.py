@@ -146,6 +146,15 @@ def _legend(axes: "Axes") -> None:
         axes.legend()
 
 
+def _common_legend(figure: "Canvas") -> None:
+    """One legend of all panels, below them."""
+    named = {}
+    for axes in figure.axes:
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=6)
+
+
 def _ticks(axes: "Axes", names: Sequence[str], *, turned: bool = False) -> None:
     axes.set_xticks(range(len(names)), names, **({"rotation": 35, "ha": "right"} if turned else {}))
     axes.set_xlim(-0.4, len(names) - 0.6)
@@ -283,7 +292,7 @@ def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
             ax = axes[3 * row + column]
             _along(ax, results, table, data, index)
             ax.set(title=f"{SETS[data]}, {index}", ylabel=f"{index} index ({GOOD[index]})", ylim=(-0.03, 1.03))
-        _legend(axes[3 * row])
+    _common_legend(figure)
     said = [_ends(results, table, "recurrence", SETS[data]) for data, table in having.items()]
     figure.suptitle("; ".join(filter(None, said)))
     return figure
@@ -308,7 +317,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     for ax, (data, table) in zip(axes, having.items(), strict=True):
         _along(ax, results, table, data, "accuracy")
         ax.set(title=SETS[data], ylabel="test accuracy, %")
-        _legend(ax)
+    _common_legend(figure)
     changes = [
         effect.value for table in having.values() if (effect := _change(results, table, (FREE, COUPLED), "accuracy"))
     ]
@@ -374,7 +383,7 @@ def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
         ax.set(title=quantity, xlabel="digits in an image", ylabel=label, xticks=(2, 3, 4, 5))
         if quantity != "accuracy":
             ax.set_ylim(-0.03, 1.03)
-    _legend(axes[0])
+    _common_legend(figure)
     said = [_ends(results, table, "accuracy", SETS[data]) for data, table in having.items() if data == "clutter3"]
     figure.suptitle("".join(said))
     return figure
@@ -401,7 +410,7 @@ def _controls(results: Results, *, tables: Mapping[str, Table], shuffled: Mappin
             drawn.set_linestyle("none")
         ax.set(title=f"{index} ({GOOD[index]})", ylabel=f"{index} index by agreement", ylim=(-0.03, 1.03))
         _ticks(ax, [SETS[data] for data in having], turned=True)
-    _legend(axes[0])
+    _common_legend(figure)
     figure.suptitle(
         f"Ordinary networks: recurrence by agreement {means['recurrence', 'at initialisation']:.2f} at initialisation "
         f"(equal weights), {means['recurrence', 'trained']:.2f} after training"
