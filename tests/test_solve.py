@@ -20,6 +20,8 @@ from residuum.solve import (
     Anderson,
     BiCGStab,
     ConvergenceError,
+    Dense,
+    GradientDescent,
     LinearSolver,
     Neumann,
     NewtonKrylov,
@@ -36,6 +38,8 @@ SOLVERS = {
     "anderson, memory 1": Anderson(TIGHT, 1000, memory=1),
     "newton": NewtonKrylov(TIGHT),
     "newton, bicgstab": NewtonKrylov(TIGHT, linear=BiCGStab(1e-3)),
+    "newton, dense": NewtonKrylov(TIGHT, linear=Dense()),
+    "gradient descent": GradientDescent(TIGHT, 3000),
 }
 LINEAR = {
     "neumann": Neumann(TIGHT, 3000),
@@ -43,6 +47,7 @@ LINEAR = {
     "bicgstab": BiCGStab(TIGHT),
     "gmres": GMRES(TIGHT),
     "gmres, restarted": GMRES(TIGHT, 500, restart=3),
+    "dense": Dense(TIGHT),
 }
 
 
