@@ -29,6 +29,7 @@ ROWS = [
     ["probing", "panels"],
     ["report"],
     ["results", "flags"],
+    ["experiments"],
     ["commands"],
     ["cli"],
 ]

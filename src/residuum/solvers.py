@@ -122,7 +122,7 @@ class NewtonKrylov:
 
 @dataclass(frozen=True)
 class GradientDescent:
-    """Descent on the squared residual: `x <- x - rate 2 (I - J)^T (x - f(x))`. The paper's solver; the others are better.
+    """Descent on the squared residual: `x <- x - rate 2 (I - J)^T (x - f(x))`. The paper's solver; not the best.
 
     A step costs an evaluation of f and a product with J^T and lowers the error by `|I - 2 rate (I - J)^T (I - J)|`,
     where fixed-point iteration lowers it by |J| for one evaluation. Where |J| < 1, a rate of 1/4 or less converges.
