@@ -41,8 +41,7 @@ def main() -> None:
         folder = flags.out / name(example)
         if flags.only in name(example) and not (folder / "values.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with bar(name(example), example.epochs) as show:
-                example.execute(folder, progress=show)
+            example.execute(folder, progress=bar)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The examples of P3: their data are the paper's, members share nothing, and what failed is named."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from residuum.experiments.p3 import PAPER, Example, equal_time, with_truncation
 from residuum.experiments.p3_networks import Chain, Stiff
 from residuum.experiments.p3_problems import PREY, lotka_volterra, sine, spirals, stiff
 from residuum.layers.branches import Antisymmetric
+from residuum.progress import Show
 from residuum.solve import Dense, NewtonKrylov
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
@@ -163,17 +166,24 @@ def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: 
     example = replace(SINE, epochs=4, rates=(0.01, 1e4), optimiser="adam")
     whole = executed(example, tmp_path / "whole")
 
-    def stopping(done: int, _: str) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
+    seen: list[int] = []
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Show]:
+        def show(done: int, _: str = "") -> None:
+            seen.append(done)
+            if seen == [1, 2]:
+                raise KeyboardInterrupt
+
+        assert (title, total) == ("sine, theta 0.5", 4)
+        yield show
 
     (tmp_path / "stopped").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        example.execute(tmp_path / "stopped", None, stopping)
+        example.execute(tmp_path / "stopped", None, bar)
     assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["checkpoint.safetensors"]
-    seen: list[int] = []
-    example.execute(tmp_path / "stopped", None, lambda done, _: seen.append(done))
-    assert seen == [3, 4]
+    example.execute(tmp_path / "stopped", None, bar)
+    assert seen == [1, 2, 3, 4]
     again = json.loads((tmp_path / "stopped" / "values.json").read_text())
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
     for member in range(6):
@@ -261,15 +271,28 @@ def test_jacobians_are_those_of_autograd() -> None:
 
 
 def test_unsolved_equations_are_failures() -> None:
-    example = replace(SPIRALS, solver="gradient descent", tol=1e-10)
+    example = replace(SPIRALS, depth=1, time=0.5, solver="gradient descent", tol=1e-10)
     network, x = example.network(), example.data().train.x[:, :10].flatten(0, 1)
     assert network(x).solved(2).tolist() == [True, True]
-    example = replace(example, time=100.0)
-    network = example.network()
+    network = replace(example, solver="picard", time=50.0).network()
     for p in network.parameters():
         p.data *= 10
     with torch.no_grad():
         assert network(x).solved(2).tolist() == [False, False]
+
+
+def test_the_papers_solver_finds_the_same() -> None:
+    x = SPIRALS.data().train.x[:, :10].flatten(0, 1)
+    outputs = [
+        replace(SPIRALS, solver=solver, tol=1e-12).network()(x).output for solver in ("direct", "gradient descent")
+    ]
+    assert torch.allclose(*outputs, atol=1e-10)
+
+
+def test_minutes_grow_with_the_work() -> None:
+    for example in PAPER.values():
+        assert 0 < p3.minutes(replace(example, theta=0.0)) < p3.minutes(example)
+        assert p3.minutes(replace(example, epochs=2 * example.epochs)) == pytest.approx(2 * p3.minutes(example))
 
 
 def test_grids() -> None:

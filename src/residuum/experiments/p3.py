@@ -22,12 +22,12 @@ from residuum.experiments.p3_problems import Pairs, Problem
 from residuum.files import read_tensors, restore_, stored, write_json, write_tensors
 from residuum.layers.steps import Theta
 from residuum.names import unknown
-from residuum.progress import Show
+from residuum.progress import Bar, Show, quiet
 from residuum.solve import Anderson, Dense, GradientDescent, NewtonKrylov, Picard, Solver
 
 _FORMAT = 1
 _WEIGHTS = "residuum example 1"
-_ROWS = 100  # of a history
+_ROWS = 50  # of a history
 _SECONDS = 60.0  # between two checkpoints
 NOISE = (0.0, 0.02, 0.04, 0.06, 0.08)
 _DRAWS = 20
@@ -171,21 +171,21 @@ class Example:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {"kind": self.kind, "format": _FORMAT} | json.loads(json.dumps(given))
 
-    @staticmethod
-    def from_description(described: dict[str, Any]) -> "Example":
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> "Example":
         """The inverse of `describe`.
 
         Raises:
             ValueError: If the kind, format or a setting is not known.
         """
         given = dict(described)
-        if (given.pop("kind", None), given.pop("format", None)) != (Example.kind, _FORMAT):
+        if (given.pop("kind", None), given.pop("format", None)) != (cls.kind, _FORMAT):
             raise ValueError(f"this describes no example of format {_FORMAT}: {str(described)[:200]}")
-        names = [f.name for f in fields(Example)]
+        names = [f.name for f in fields(cls)]
         for name in given:
             if name not in names:
                 raise unknown("setting of an example", name, names)
-        return Example(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
     @cached_property
     def key(self) -> str:
@@ -193,7 +193,7 @@ class Example:
         text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
         return sha256(text.encode()).hexdigest()[:16]
 
-    def execute(self, folder: Path, settings: Any = None, progress: Show | None = None) -> None:
+    def execute(self, folder: Path, settings: Any = None, progress: Bar = quiet) -> None:
         """Train all members and measure them; stopped and called again it goes on and ends with the same bits.
 
         Writes values.json (members, history, failures, measures) and weights.safetensors into the folder.
@@ -201,7 +201,7 @@ class Example:
         Args:
             folder: Where to write; it exists.
             settings: Where and how it is run; an example needs nothing of that.
-            progress: Called with the epochs that are done, and a line.
+            progress: Shows how far it is.
 
         Raises:
             OSError: If the folder cannot be written.
@@ -209,7 +209,8 @@ class Example:
         """
         start = perf_counter()
         network, problem = self.network(), self.data()
-        history = _fit(self, network, problem, folder / "checkpoint.safetensors", progress)
+        with progress(f"{self.problem}, theta {self.theta:g}", self.epochs) as show:
+            history = _fit(self, network, problem, folder / "checkpoint.safetensors", show)
         values = {
             "example": asdict(self) | {"key": self.key},
             "members": [member._asdict() for member in self.members],
@@ -227,7 +228,7 @@ class Example:
 LOSSES: dict[str, Loss] = {"sine": squared, "spirals": crossed, "stiff": squared, "lotka_volterra": squared}
 
 
-def _fit(example: Example, network: nn.Module, problem: Problem, checkpoint: Path, progress: Show | None) -> list[dict]:
+def _fit(example: Example, network: nn.Module, problem: Problem, checkpoint: Path, show: Show) -> list[dict]:
     """Train all members; a row of the history now and then."""
     kind = torch.optim.SGD if example.optimiser == "sgd" else torch.optim.Adam
     optimiser = kind(network.parameters(), lr=1.0)  # moves are scaled to each member's rate
@@ -246,8 +247,7 @@ def _fit(example: Example, network: nn.Module, problem: Problem, checkpoint: Pat
             if perf_counter() - written >= _SECONDS:
                 save(checkpoint, network, optimiser, at, about)
                 written = perf_counter()
-        if progress:
-            progress(epoch + 1, "")
+        show(epoch + 1, "")
     return list(at.history)
 
 
@@ -408,3 +408,14 @@ def equal_time(
 ) -> list[Example]:
     """Every depth with dt = T / depth, for each theta; all rates of one are trained side by side."""
     return [replace(e, depth=depth, rates=tuple(rates)) for e in with_thetas(example, thetas) for depth in depths]
+
+
+_MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5}  # a block in a training step, up to some 25 members
+
+
+def minutes(example: Example) -> float:
+    """About how long an example takes on one idle core (AMD EPYC, Zen 4)."""
+    count = example.data().train.x.shape[1]
+    steps = -(-count // (example.batch or count)) * example.epochs
+    kind = "explicit" if example.theta == 0 else "direct" if example.solver == "direct" else "other"
+    return steps * example.depth * _MILLISECONDS[kind] / 60_000
