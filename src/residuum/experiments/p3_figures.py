@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from residuum.experiments.p3 import Example
+from residuum.experiments.p3_networks import Chain, Flow
 from residuum.experiments.p3_problems import STIFF, damped_sine, orbit
 from residuum.layers.steps import Theta
 from residuum.solve import Anderson, GradientDescent, NewtonKrylov, Picard, Solver
@@ -41,6 +42,19 @@ def label(example: Example) -> str:
     return what + (", truncated gradient" if example.param_grad == "truncated" else "")
 
 
+def _short(example: Example) -> str:
+    return label(example).replace(" (residual network)", "")
+
+
+def one(example: Example, folder: Path, member: int) -> Chain | Flow:
+    """The trained network of one member alone."""
+    rate, seed = example.members[member]
+    network = replace(example, rates=(rate,), seeds=(seed,)).network().requires_grad_(False)
+    for p, trained in zip(network.parameters(), example.trained(folder).parameters(), strict=True):
+        p.copy_(trained[member : member + 1])
+    return network
+
+
 def _line(example: Example) -> dict[str, Any]:
     style = "--" if example.param_grad == "truncated" else "-"
     return {"color": _COLOURS.get(example.theta, _FALLBACK), "ls": style}
@@ -65,7 +79,7 @@ def convergence(folders: Folders) -> "Figure":
         if name == "validation_loss":
             axes.set_yscale("log")
     panels[0].legend(fontsize=8)
-    ends = [f"{label(e).split(' (')[0]}: {median(final(values(f), 'validation_loss')):.1e}" for e, f in folders.items()]
+    ends = [f"{median(final(values(f), 'validation_loss')):.2g} at {_short(e)}" for e, f in folders.items()]
     _title(figure, "Median validation loss at the end", ends)
     return figure
 
@@ -77,11 +91,11 @@ def regions(folders: Folders, *, member: int = 0) -> "Figure":
     """
     figure, rows = _panels(-(-len(folders) // 3), min(3, len(folders)), 3.6)
     every = [axes for row in rows for axes in row]
-    side = np.linspace(-1.5, 1.5, 200)
+    side = np.linspace(-1.5, 1.5, 150)
     grid = torch.tensor(np.stack(np.meshgrid(side, side), 2).reshape(-1, 2))
     for axes, (example, folder) in zip(every, folders.items(), strict=False):
-        output = example.trained(folder)(grid.repeat(len(example.members), 1)).output.view(-1, len(side), len(side))
-        axes.contourf(side, side, (output[member] > 0).double(), levels=[-1, 0.5, 2], colors=["#9ecae1", "#fdae6b"])
+        output = one(example, folder, member)(grid).output.view(len(side), len(side))
+        axes.contourf(side, side, (output > 0).double(), levels=[-1, 0.5, 2], colors=["#9ecae1", "#fdae6b"])
         x, y = (part[member] for part in example.data().validation)
         for kind, colour in ((0, "C0"), (1, "C1")):
             axes.plot(*x[y[:, 0] == kind].T, ".", ms=2, color=colour)
@@ -108,10 +122,9 @@ def fits(folders: Folders) -> "Figure":
         losses = values(folder)["history"][-1]["validation_loss"]
         fine = [loss for loss in losses if loss is not None]
         middle = losses.index(sorted(fine)[(len(fine) - 1) // 2])
-        points = torch.tensor(x)[:, None].repeat(len(example.members), 1)
-        output = example.trained(folder)(points).output.view(len(example.members), -1)[middle]
+        output = one(example, folder, middle)(torch.tensor(x)[:, None]).output[:, 0]
         axes.plot(x, output, label=label(example), **_line(example))
-        errors.append(f"{label(example).split(' (')[0]}: {losses[middle]:.1e}")
+        errors.append(f"{losses[middle]:.2g} at {_short(example)}")
     axes.set(xlabel="x", ylabel="sin(2 pi x) exp(-x^2 / 2)")
     axes.legend(fontsize=8)
     _title(figure, "Mean squared error of the median network", errors)
@@ -140,10 +153,8 @@ def robustness(folders: Folders) -> "Figure":
     right.margins(x=0.2)
     left.set(xlabel="standard deviation of the noise", ylabel="accuracy on validation points")
     left.legend(fontsize=8)
-    lasts = [
-        f"{label(e).split(' (')[0]}: {np.mean(values(f)['measured']['noise'][levels[-1]]):.1%}"
-        for e, f in folders.items()
-    ]
+    noisy = [np.mean(values(folder)["measured"]["noise"][levels[-1]]) for folder in folders.values()]
+    lasts = [f"{accuracy:.1%} at {_short(example)}" for example, accuracy in zip(folders, noisy, strict=True)]
     _title(figure, f"Mean accuracy with noise of standard deviation {levels[-1]}", lasts)
     return figure
 
@@ -155,8 +166,8 @@ def phase_plane(folders: Folders, *, member: int = 0) -> "Figure":
     """
     figure, (panels,) = _panels(1, len(folders), 3.9)
     for axes, (example, folder) in zip(panels, folders.items(), strict=True):
-        x, count = example.data().validation.x[member], len(example.members)
-        output = example.trained(folder)(x.repeat(count, 1)).output.view(count, len(x), -1, 2)[member]
+        x = example.data().validation.x[member]
+        output = one(example, folder, member)(x).output
         for number in range(0, len(x), 3):
             exact = orbit(x[number].numpy(), np.linspace(0, example.time, 400)[1:])
             axes.plot(*exact.T, color="0.75", lw=3, label=_once("exact", number))
@@ -178,8 +189,7 @@ def stiffness(folders: Folders, *, member: int = 0) -> "Figure":
     figure, (panels,) = _panels(1, len(folders), 3.9)
     for axes, (example, folder) in zip(panels, folders.items(), strict=True):
         x, y = (part[member] for part in example.data().validation)
-        count, times = len(example.members), np.linspace(0, example.time, example.depth + 1)
-        output = example.trained(folder)(x.repeat(count, 1)).output.view(count, len(x), -1)[member]
+        times, output = np.linspace(0, example.time, example.depth + 1), one(example, folder, member)(x).output[..., 0]
         for number in range(0, len(x), 3):
             start = x[number, :1]
             axes.plot(times, torch.cat([start, y[number, :, 0]]), color="0.75", lw=3, label=_once("exact", number))
@@ -205,7 +215,7 @@ def solvers(example: Example, folder: Path, *, block: int = 12, steps: int = 30)
 
     Source: P3 (Reshniak & Webster), section 2.2, whose solver is gradient descent.
     """
-    network, x = example.trained(folder), example.data().validation.x.flatten(0, 1)
+    network, x = one(example, folder, 0), example.data().validation.x[0]
     h, branch = network(x).states[block], network.blocks[block].branch
     known = torch.add(h, branch(h), alpha=(1 - example.theta) * example.step.dt)
     kinds: dict[str, Solver] = {
