@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: 
     (tmp_path / "stopped").mkdir()
     with pytest.raises(KeyboardInterrupt):
         example.execute(tmp_path / "stopped", None, bar)
-    assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["checkpoint.safetensors"]
+    assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["checkpoint"]
     example.execute(tmp_path / "stopped", None, bar)
     assert seen == [1, 2, 3, 4]
     again = json.loads((tmp_path / "stopped" / "values.json").read_text())
@@ -287,6 +288,18 @@ def test_the_papers_solver_finds_the_same() -> None:
         replace(SPIRALS, solver=solver, tol=1e-12).network()(x).output for solver in ("direct", "gradient descent")
     ]
     assert torch.allclose(*outputs, atol=1e-10)
+
+
+def test_the_truncated_gradient_gets_worse_with_theta() -> None:
+    """Spec 4.4: the error grows to 1 at theta = 1, where nothing is left."""
+    thetas = (0.25, 0.5, 0.75, 1.0)
+    found = [p3.truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
+    errors = [median(row["error"]) for row in found]
+    assert errors == sorted(errors)
+    assert found[-1] == {"error": [1.0, 1.0], "cosine": [0.0, 0.0]}
+    assert found[0]["error"][0] == pytest.approx(0.25, abs=0.1)  # a quarter of the blocks' terms is left out
+    with pytest.raises(ValueError, match="truncation is for 'sine' and 'spirals', not for 'stiff'"):
+        p3.truncation(PAPER["stiff"])
 
 
 def test_minutes_grow_with_the_work() -> None:

@@ -210,7 +210,7 @@ class Example:
         start = perf_counter()
         network, problem = self.network(), self.data()
         with progress(f"{self.problem}, theta {self.theta:g}", self.epochs) as show:
-            history = _fit(self, network, problem, folder / "checkpoint.safetensors", show)
+            history = _fit(self, network, problem, folder / "checkpoint", show)
         values = {
             "example": asdict(self) | {"key": self.key},
             "members": [member._asdict() for member in self.members],
@@ -222,7 +222,7 @@ class Example:
         }
         write_tensors(folder / "weights.safetensors", stored(network), self.describe(), format=_WEIGHTS)
         write_json(folder / "values.json", values)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (folder / "checkpoint").unlink(missing_ok=True)
 
 
 LOSSES: dict[str, Loss] = {"sine": squared, "spirals": crossed, "stiff": squared, "lotka_volterra": squared}
@@ -352,6 +352,35 @@ def _noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float) -> list[float]:
         output = network((pairs.x + noise).flatten(0, 1)).output.view(pairs.y.shape)
         right.append(((output > 0) == (pairs.y > 0.5)).double().mean((1, 2)))
     return torch.stack(right).mean(0).tolist()
+
+
+def truncation(example: Example, network: nn.Module | None = None) -> dict[str, list[float]]:
+    """How far the truncated gradient of the blocks' weights is from the exact one, on all training examples.
+
+    Args:
+        example: "sine" or "spirals".
+        network: Its members; None: with fresh weights.
+
+    Returns:
+        Per member: "error", |truncated - exact| / |exact|, and "cosine" of the two; 0 where the truncated one is 0.
+
+    Raises:
+        ValueError: If the example has no blocks with weights of their own.
+
+    Source: P3 (Reshniak & Webster): what its code computes, where the text has the exact gradient.
+    """
+    if not example.chained:
+        raise ValueError(f"truncation is for 'sine' and 'spirals', not for {example.problem!r}")
+    weights, found = (network or example.network()).state_dict(), []
+    for param_grad in ("exact", "truncated"):
+        kind = replace(example, param_grad=param_grad)
+        given, (x, y) = kind.network(), kind.data().train
+        given.load_state_dict(weights)
+        _losses(kind, given(x.flatten(0, 1)), y.flatten(0, 1)).sum().backward()
+        found.append(torch.cat([p.grad.flatten(1) for p in given.blocks.parameters()], 1))
+    exact, truncated = found
+    error = (truncated - exact).norm(dim=1) / exact.norm(dim=1)
+    return {"error": error.tolist(), "cosine": torch.cosine_similarity(truncated, exact).tolist()}
 
 
 PAPER = {
