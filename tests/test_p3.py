@@ -359,7 +359,7 @@ def test_figures_show_what_was_found(tmp_path: Path) -> None:
             assert axes.get_xlabel() or axes.get_xticklabels()
             assert axes.get_ylabel()
     loss = executed(kinds["sine"][0], tmp_path / "again")["history"][-1]["validation_loss"][:3]
-    assert f"{sorted(loss)[1]:.2g} at theta = 0" in drawn[0].get_suptitle()
+    assert f"{sorted(loss)[1]:.2g} at theta = 0, epoch 2" in drawn[0].get_suptitle()
     example, folder = next(iter(folders["sine"].items()))
     x = torch.linspace(-1, 1, 5).double()[:, None]
     expected = example.trained(folder)(x.repeat(6, 1)).output.view(6, 5, 1)[2]

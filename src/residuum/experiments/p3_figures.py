@@ -79,8 +79,9 @@ def convergence(folders: Folders) -> "Figure":
         if name == "validation_loss":
             axes.set_yscale("log")
     panels[0].legend(fontsize=8)
-    ends = [f"{median(final(values(f), 'validation_loss')):.2g} at {_short(e)}" for e, f in folders.items()]
-    _title(figure, "Median validation loss at the end", ends)
+    found = {example: values(folder) for example, folder in folders.items()}
+    lasts = [(median(final(v, "validation_loss")), _short(e), v["history"][-1]["epoch"]) for e, v in found.items()]
+    _title(figure, "Median validation loss", [f"{loss:.2g} at {name}, epoch {epoch}" for loss, name, epoch in lasts])
     return figure
 
 
@@ -200,8 +201,9 @@ def stiffness(folders: Folders, *, member: int = 0) -> "Figure":
         axes.set(xlabel="t", ylabel="y", title=f"{label(example)}, |R| = {shrink:.2f}\nvalidation error {loss:.1e}")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=8)
+    every = next(iter(folders)).every
     figure.suptitle(
-        "y' = -20 (y - cos t), fitted at every second step; R is what a step multiplies errors by", fontsize=12
+        f"y' = -20 (y - cos t), fitted after every {every} steps\nR is what a step multiplies errors by", fontsize=12
     )
     return figure
 
@@ -255,5 +257,5 @@ def _panels(rows: int, columns: int, size: float) -> tuple["Figure", list[list["
 
 
 def _title(figure: "Figure", what: str, numbers: Sequence[str]) -> None:
-    lines = [", ".join(numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
+    lines = ["; ".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
     figure.suptitle("\n".join([f"{what}:", *lines]), fontsize=11)
