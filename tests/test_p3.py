@@ -304,6 +304,7 @@ def test_the_truncated_gradient_gets_worse_with_theta() -> None:
 
 def test_minutes_grow_with_the_work() -> None:
     for example in PAPER.values():
+        assert p3._COUNTS[example.problem] == replace(example, seeds=(0,)).data().train.x.shape[1]
         assert 0 < p3.minutes(replace(example, theta=0.0)) < p3.minutes(example)
         assert p3.minutes(replace(example, epochs=2 * example.epochs)) == pytest.approx(2 * p3.minutes(example))
 

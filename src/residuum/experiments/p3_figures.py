@@ -90,7 +90,8 @@ def regions(folders: Folders, *, member: int = 0) -> "Figure":
 
     Source: P3 (Reshniak & Webster), figure 6.
     """
-    figure, rows = _panels(-(-len(folders) // 3), min(3, len(folders)), 3.6)
+    columns = 2 if len(folders) in (2, 4) else min(3, len(folders))
+    figure, rows = _panels(-(-len(folders) // columns), columns, 3.6)
     every = [axes for row in rows for axes in row]
     side = np.linspace(-1.5, 1.5, 150)
     grid = torch.tensor(np.stack(np.meshgrid(side, side), 2).reshape(-1, 2))
@@ -236,7 +237,7 @@ def solvers(example: Example, folder: Path, *, block: int = 12, steps: int = 30)
         yscale="log", xlim=(0, 60), ylim=(1e-15, 1), xlabel="evaluations of the branch and products with its Jacobian"
     )
     axes.set(ylabel="residual, median over points")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.95))
     figure.suptitle(f"The paper's solver does not move; block {block + 1} of {example.depth}, trained", fontsize=12)
     return figure
 
