@@ -20,14 +20,26 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
-from residuum.linear import GMRES, BiCGStab, LinearSolver, Map, Neumann, Record
-from residuum.solvers import Anderson, Linearised, NewtonKrylov, Picard, Solver, constant, linearise, transforms
+from residuum.linear import GMRES, BiCGStab, Dense, LinearSolver, Map, Neumann, Record
+from residuum.solvers import (
+    Anderson,
+    GradientDescent,
+    Linearised,
+    NewtonKrylov,
+    Picard,
+    Solver,
+    constant,
+    linearise,
+    transforms,
+)
 
 __all__ = [
     "GMRES",
     "Anderson",
     "BiCGStab",
     "ConvergenceError",
+    "Dense",
+    "GradientDescent",
     "LinearSolver",
     "Neumann",
     "NewtonKrylov",
@@ -85,8 +97,8 @@ def fixed_point(
     Args:
         f: The map. It must give the same result each time and change nothing.
         x0: Where to start; also gives shape, precision and device. No gradient flows to it.
-        solver: `Picard`, `Anderson` or `NewtonKrylov`.
-        adjoint: Solver of the backward pass: `Neumann`, `Anderson`, `BiCGStab` or `GMRES`. None: the linear companion
+        solver: `Picard`, `Anderson`, `NewtonKrylov`, or P3's `GradientDescent`.
+        adjoint: Solver of the backward pass: `Neumann`, `Anderson`, `BiCGStab`, `GMRES`, `Dense`. None: the companion
             of the solver with its tolerance: Neumann for Picard, BiCGStab for Anderson, GMRES for NewtonKrylov.
         throw: Raise where an example does not converge, here or in the backward pass; False: `converged` and the
             records in `adjoint` say so.

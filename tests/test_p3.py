@@ -1,0 +1,367 @@
+"""The examples of P3: their data are the paper's, members share nothing, and what failed is named."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from residuum.experiments import p3, p3_figures
+from residuum.experiments.p3 import PAPER, Example, equal_time, with_truncation
+from residuum.experiments.p3_networks import Chain, Stiff
+from residuum.experiments.p3_problems import PREY, lotka_volterra, sine, spirals, stiff
+from residuum.layers.branches import Antisymmetric
+from residuum.progress import Show
+from residuum.solve import Dense, NewtonKrylov
+
+SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
+SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1))
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p3, "_DRAWS", 2)
+
+
+def test_the_spirals_are_the_papers() -> None:
+    """Spec 4.8, check 12."""
+    problem = spirals((0, 1))
+    for pairs, ones in zip(problem, (257, 256), strict=True):
+        assert pairs.x.shape == (2, 513, 2)
+        assert pairs.y.sum((1, 2)).tolist() == [ones, ones]
+    x, y = problem.validation
+    radius = x[0].norm(dim=1)
+    assert radius[0] == 0  # row 0
+    assert radius[-1] == pytest.approx(0.2 + 511 / 512)  # row 1024, the last but one of class 1
+    assert y[0, :, 0].diff().count_nonzero() == 1  # class 0, then class 1
+    turn = torch.atan2(x[0, 1:257, 1], x[0, 1:257, 0])
+    assert torch.allclose(torch.cos(turn), torch.cos(torch.arange(2, 514, 2).double() * torch.pi / 128))
+
+
+def test_the_regression_is_the_papers() -> None:
+    train, validation = sine((0, 1, 0))
+    assert train.x.shape == (3, 100, 1)
+    assert validation.x.shape == (3, 200, 1)
+    assert torch.equal(train.x[0], train.x[2])
+    assert not torch.equal(train.x[0], train.x[1])
+    x = train.x[1]
+    assert torch.allclose(train.y[1], torch.sin(2 * torch.pi * x) * torch.exp(-x.square() / 2))
+    assert validation.x[0].diff(dim=0).std() < 1e-15
+
+
+@pytest.mark.parametrize(("name", "count"), [("sine", 316), ("spirals", 1075)])
+def test_parameters_are_the_papers(name: str, count: int) -> None:
+    """Spec 4.8, check 12."""
+    network = replace(PAPER[name], seeds=(0, 1)).network()
+    assert sum(p.numel() for p in network.parameters()) == 2 * count
+
+
+def test_the_stiff_solution_solves_the_equation() -> None:
+    train, validation = stiff((0,), steps=2000, time=2.0)
+    y = torch.cat([train.x[0, :, None, :1], train.y[0]], 1)[..., 0]
+    t = torch.linspace(0, 2, 2001, dtype=torch.float64)
+    slope = (y[:, 2:] - y[:, :-2]) / (t[2] - t[0])
+    assert torch.allclose(slope, -20 * (y - torch.cos(t))[:, 1:-1], atol=5e-3)  # 20^3 |y| dt^2 / 6 = 4e-3
+    assert not set(train.x[0, :, 0].tolist()) & set(validation.x[0, :, 0].tolist())
+
+
+def test_orbits_keep_what_prey_and_predators_conserve() -> None:
+    a, b, c, d = PREY
+    for x, y in lotka_volterra((0,), steps=50, time=10.0):
+        h = torch.cat([x[0, :, None], y[0]], 1)
+        kept = d * h[..., 0] - c * h[..., 0].log() + b * h[..., 1] - a * h[..., 1].log()
+        assert torch.allclose(kept, kept[:, :1].expand_as(kept), atol=1e-8, rtol=0)
+        assert float((h - h[:, :1]).abs().max()) > 0.5
+
+
+def plain(network: Chain, member: int, step: object) -> nn.Sequential:
+    """One member as a network of the library's layers."""
+    parts: list[nn.Module] = []
+    for layer in (network.lift, *network.blocks, network.readout):
+        source = getattr(layer, "branch", layer)
+        rows, columns = source.weight.shape[1:]
+        weight, bias = source.weight[member].detach(), source.bias[member, 0].detach()
+        if layer is source:
+            made = nn.Linear(rows, columns).double()
+            weight = weight.mT
+        else:
+            made = Antisymmetric(rows, source.activation).double()
+        made.weight.data, made.bias.data = weight.clone(), bias.clone()
+        parts.append(made if layer is source else step(made))
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("theta", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("example", [SINE, SPIRALS], ids=["sine", "spirals"])
+def test_a_member_is_the_network_of_the_librarys_layers(example: Example, theta: float, gradient: str) -> None:
+    example = replace(example, theta=theta, param_grad=gradient, tol=1e-13)
+    network, x = example.network(), example.data().train.x
+    for p in network.parameters():  # biases off zero
+        p.data += 0.1 * torch.randn_like(p)
+    count = len(example.members)
+    output = network(x.flatten(0, 1)).output
+    assert len(output) == count * x.shape[1]
+    output.view(count, -1)[1].square().sum().backward()
+    step = replace(example.step, solver=NewtonKrylov(1e-13), adjoint=Dense(1e-13))
+    other = plain(network, 1, step)
+    expected = other(x[1])
+    assert torch.allclose(output.view(count, -1, 1)[1], expected, atol=1e-12)
+    expected.square().sum().backward()
+    assert torch.allclose(network.lift.weight.grad[1].mT, other[0].weight.grad, atol=1e-10)
+    for block, twin in zip(network.blocks, other[1:-1], strict=True):
+        grad = twin.branch.weight.grad
+        expected = torch.zeros_like(twin.branch.weight) if grad is None else grad
+        assert torch.allclose(block.branch.weight.grad[1], expected, atol=1e-10)
+        assert not block.branch.weight.grad[0].any()
+
+
+def test_at_theta_one_the_truncated_gradient_leaves_the_blocks_as_they_were(tmp_path: Path) -> None:
+    """Spec 4.8, check 7."""
+    moved = {}
+    for example in with_truncation(SPIRALS, (1.0,)):
+        folder = tmp_path / example.param_grad
+        folder.mkdir()
+        example.execute(folder)
+        pairs = zip(example.network().parameters(), example.trained(folder).parameters(), strict=True)
+        moved[example.param_grad] = [not torch.equal(p, q) for p, q in pairs]
+    assert moved["exact"] == [True] * len(moved["exact"])
+    assert moved["truncated"] == [True, True, *[False] * 2 * SPIRALS.depth, True, True]
+
+
+def executed(example: Example, folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
+    example.execute(folder)
+    return json.loads((folder / "values.json").read_text())
+
+
+def weights_of(example: Example, folder: Path, member: int) -> Tensor:
+    return torch.cat([p[member].flatten() for p in example.trained(folder).parameters()])
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.5])
+def test_members_share_nothing_and_one_that_fails_is_named(tmp_path: Path, theta: float) -> None:
+    example = replace(SINE, theta=theta)
+    alone = replace(example, seeds=(1,))
+    wild = replace(example, rates=(1e4, 0.01))
+    found = {e: executed(e, tmp_path / e.key) for e in (example, alone, wild)}
+    expected = weights_of(alone, tmp_path / alone.key, 0)
+    assert torch.allclose(weights_of(example, tmp_path / example.key, 1), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(weights_of(wild, tmp_path / wild.key, 4), expected, rtol=0, atol=1e-12)
+    assert found[example]["failed"] == [None] * 3
+    assert found[wild]["failed"][3:] == [None] * 3
+    assert all(why.startswith("not ") and "in epoch 1, step " in why for why in found[wild]["failed"][:3])
+    last = found[wild]["history"][-1]
+    assert last["validation_loss"][:3] == [None] * 3
+    assert last["validation_loss"][3:] == pytest.approx(found[example]["history"][-1]["validation_loss"], abs=1e-12)
+
+
+def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p3, "_SECONDS", 0.0)
+    example = replace(SINE, epochs=4, rates=(0.01, 1e4), optimiser="adam")
+    whole = executed(example, tmp_path / "whole")
+
+    seen: list[int] = []
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Show]:
+        def show(done: int, _: str = "") -> None:
+            seen.append(done)
+            if seen == [1, 2]:
+                raise KeyboardInterrupt
+
+        assert (title, total) == ("sine, theta 0.5", 4)
+        yield show
+
+    (tmp_path / "stopped").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        example.execute(tmp_path / "stopped", None, bar)
+    assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["checkpoint"]
+    example.execute(tmp_path / "stopped", None, bar)
+    assert seen == [1, 2, 3, 4]
+    again = json.loads((tmp_path / "stopped" / "values.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    for member in range(6):
+        both = (weights_of(example, tmp_path / name, member) for name in ("whole", "stopped"))
+        assert torch.equal(*both)
+
+
+def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
+    changed = {
+        "problem": "spirals", "theta": 0.25, "depth": 4, "time": 2.0, "width": 3, "activation": "tanh", "epochs": 7,
+        "batch": 9, "optimiser": "adam", "rates": (0.5, 0.1), "seeds": (3,), "variation": 0.1,
+        "param_grad": "truncated", "form": "midpoint", "solver": "picard", "tol": 1e-5, "every": 2,
+        "limits": (-3.0, -1.0),
+    }  # fmt: skip
+    assert changed.keys() == {field.name for field in fields(Example)}
+    base = replace(PAPER["sine"], solver="anderson")
+    keys = {base.key}
+    for name, value in changed.items():
+        example = replace(base, **{name: value})
+        assert Example.from_description(json.loads(json.dumps(example.describe()))) == example
+        keys.add(example.key)
+    assert len(keys) == 1 + len(changed)
+    assert Example("sine").key == "b648b16f440e68ca"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"problem": "sin"}, "unknown problem 'sin'; did you mean 'sine'"),
+        ({"optimiser": "lbfgs"}, "unknown optimiser 'lbfgs'"),
+        ({"solver": "newtn"}, "unknown solver 'newtn'; did you mean 'newton'"),
+        ({"theta": 2.0}, "theta is 2.0"),
+        ({"depth": 0}, "depth 0"),
+        ({"every": 3}, "every a divisor of depth"),
+        ({"rates": ()}, "rates \\(\\)"),
+        ({"variation": -1.0}, "variation is -1.0"),
+        ({"form": "midpoint"}, "solver 'direct' is for sine and spirals in the two-point form; take 'anderson'"),
+        ({"problem": "stiff"}, "solver 'direct' is for sine and spirals"),
+        ({"problem": "stiff", "solver": "anderson", "variation": 0.1}, "for sine and spirals only"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        replace(PAPER["sine"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("described", "match"),
+    [
+        ({"kind": "network", "format": 1, "problem": "sine"}, "this describes no example of format 1"),
+        ({"kind": "example", "format": 2, "problem": "sine"}, "this describes no example of format 1"),
+        ({"kind": "example", "format": 1, "problem": "sine", "rate": 1}, "unknown setting of an example 'rate'"),
+    ],
+)
+def test_other_descriptions_are_refused(described: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Example.from_description(described)
+
+
+def test_the_stiff_right_hand_side_keeps_its_limits() -> None:
+    branch = Stiff([np.random.default_rng(seed) for seed in range(4)], 6, (-25.0, -15.0))
+    for p in branch.parameters():
+        p.data *= 5
+    h = (3 * torch.randn(80, 2, dtype=torch.float64)).requires_grad_()
+    slope = branch(h)
+    assert torch.equal(slope[:, 1], torch.ones(80).double())
+    of_y = torch.autograd.grad(slope[:, 0].sum(), h)[0][:, 0]
+    assert -25 <= of_y.min() < -20.01
+    assert -19.99 < of_y.max() <= -15
+
+
+def test_jacobians_are_those_of_autograd() -> None:
+    network = replace(SPIRALS, theta=0.5, tol=1e-13).network().requires_grad_(False)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    whole, inner = p3.jacobians(network, x)
+    for row in range(6):
+
+        def last(entry: Tensor, row: int = row) -> Tensor:
+            return network(torch.cat([x[:row], entry[None], x[row + 1 :]])).states[-1][row]
+
+        expected = torch.linalg.svdvals(torch.autograd.functional.jacobian(last, x[row]))
+        assert torch.allclose(whole[row], expected, atol=1e-9)
+    lift = network.lift.weight[0]
+    assert (whole[:3, 0] <= inner[:3, 0] * torch.linalg.matrix_norm(lift, 2) + 1e-9).all()
+
+
+def test_unsolved_equations_are_failures() -> None:
+    example = replace(SPIRALS, depth=1, time=0.5, solver="gradient descent", tol=1e-10)
+    network, x = example.network(), example.data().train.x[:, :10].flatten(0, 1)
+    assert network(x).solved(2).tolist() == [True, True]
+    network = replace(example, solver="picard", time=50.0).network()
+    for p in network.parameters():
+        p.data *= 10
+    with torch.no_grad():
+        assert network(x).solved(2).tolist() == [False, False]
+
+
+def test_the_papers_solver_finds_the_same() -> None:
+    x = SPIRALS.data().train.x[:, :10].flatten(0, 1)
+    outputs = [
+        replace(SPIRALS, solver=solver, tol=1e-12).network()(x).output for solver in ("direct", "gradient descent")
+    ]
+    assert torch.allclose(*outputs, atol=1e-10)
+
+
+def test_the_truncated_gradient_gets_worse_with_theta() -> None:
+    """Spec 4.4: the error grows to 1 at theta = 1, where nothing is left."""
+    thetas = (0.25, 0.5, 0.75, 1.0)
+    found = [p3.truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
+    errors = [median(row["error"]) for row in found]
+    assert errors == sorted(errors)
+    assert found[-1] == {"error": [1.0, 1.0], "cosine": [0.0, 0.0]}
+    assert found[0]["error"][0] == pytest.approx(0.25, abs=0.1)  # a quarter of the blocks' terms is left out
+    with pytest.raises(ValueError, match="truncation is for 'sine' and 'spirals', not for 'stiff'"):
+        p3.truncation(PAPER["stiff"])
+
+
+def test_minutes_grow_with_the_work() -> None:
+    for example in PAPER.values():
+        assert p3._COUNTS[example.problem] == replace(example, seeds=(0,)).data().train.x.shape[1]
+        assert 0 < p3.minutes(replace(example, theta=0.0)) < p3.minutes(example)
+        assert p3.minutes(replace(example, epochs=2 * example.epochs)) == pytest.approx(2 * p3.minutes(example))
+
+
+def test_grids() -> None:
+    grid = equal_time(PAPER["sine"], depths=(5, 10), rates=(0.01, 0.1))
+    assert [(e.theta, e.depth, e.step.dt, len(e.members)) for e in grid] == [
+        (0.0, 5, 0.2, 2),
+        (0.0, 10, 0.1, 2),
+        (0.5, 5, 0.2, 2),
+        (0.5, 10, 0.1, 2),
+    ]
+
+
+def test_orbits_are_trained_on_where_they_are_seen(tmp_path: Path) -> None:
+    stiff_example = replace(PAPER["stiff"], epochs=4, depth=4, every=2, rates=(0.01,), width=4)
+    values = executed(stiff_example, tmp_path / "stiff")
+    first, last = values["history"][0], values["history"][-1]
+    assert last["train_loss"][0] < first["train_loss"][0]
+    network, problem = stiff_example.trained(tmp_path / "stiff"), stiff_example.data()
+    gap = network(problem.train.x[0]).output - problem.train.y[0]
+    assert last["train_loss"][0] == pytest.approx(float(gap[:, [1, 3]].square().mean()))
+    gap = network(problem.validation.x[0]).output - problem.validation.y[0]
+    assert last["validation_loss"][0] == pytest.approx(float(gap.square().mean()))
+
+
+def test_figures_show_what_was_found(tmp_path: Path) -> None:
+    prey = replace(PAPER["lotka_volterra"], epochs=1, depth=4, time=1.0, width=3)
+    kinds = {
+        "sine": [replace(SINE, rates=(0.01, 1e4), theta=theta) for theta in (0.0, 0.5)],
+        "spirals": with_truncation(SPIRALS, (1.0,)),
+        "stiff": [replace(PAPER["stiff"], epochs=1, depth=4, width=3)],
+        "prey": [prey],
+    }
+    folders = {}
+    for kind, examples in kinds.items():
+        folders[kind] = {example: tmp_path / example.key for example in examples}
+        for example, folder in folders[kind].items():
+            executed(example, folder)
+    drawn = [
+        p3_figures.convergence(folders["sine"]),
+        p3_figures.convergence(folders["spirals"]),
+        p3_figures.fits(folders["sine"]),
+        p3_figures.regions(folders["spirals"]),
+        p3_figures.robustness(folders["spirals"]),
+        p3_figures.stiffness(folders["stiff"]),
+        p3_figures.phase_plane(folders["prey"]),
+        p3_figures.solvers(*next(iter(folders["spirals"].items())), block=1, steps=3),
+    ]
+    for number, figure in enumerate(drawn):
+        figure.savefig(tmp_path / f"{number}.png", dpi=50)
+        for axes in figure.axes:
+            assert axes.get_xlabel() or axes.get_xticklabels()
+            assert axes.get_ylabel()
+    loss = executed(kinds["sine"][0], tmp_path / "again")["history"][-1]["validation_loss"][:3]
+    assert f"{sorted(loss)[1]:.2g} at theta = 0, epoch 2" in drawn[0].get_suptitle()
+    example, folder = next(iter(folders["sine"].items()))
+    x = torch.linspace(-1, 1, 5).double()[:, None]
+    expected = example.trained(folder)(x.repeat(6, 1)).output.view(6, 5, 1)[2]
+    assert torch.allclose(p3_figures.one(example, folder, 2)(x).output, expected)
