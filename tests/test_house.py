@@ -43,6 +43,7 @@ ROWS = [
     ["report"],
     ["results", "flags", "runfolders"],
     ["runs", "runindex", "engines"],
+    ["toys"],
     ["worker", "claims"],
     ["sweeps", "experiments", "pages"],
     ["reproduce"],

@@ -12,13 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residuum.experiments import p3, p3_figures
-from residuum.experiments.p3 import PAPER, Example, equal_time, with_truncation
-from residuum.experiments.p3_networks import Chain, Stiff
-from residuum.experiments.p3_problems import PREY, lotka_volterra, sine, spirals, stiff
+from residuum.experiments import p3_figures, p3_runs
+from residuum.experiments.p3_runs import PAPER, equal_time, with_truncation
 from residuum.layers.branches import Antisymmetric
-from residuum.progress import Show
+from residuum.progress import Show, quiet
+from residuum.runs import Settings
 from residuum.solve import Dense, NewtonKrylov
+from residuum.toys import examples
+from residuum.toys.examples import Example
+from residuum.toys.networks import Chain, Stiff
+from residuum.toys.problems import PREY, lotka_volterra, sine, spirals, stiff
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
 SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1))
@@ -26,7 +29,7 @@ SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seed
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p3, "_DRAWS", 2)
+    monkeypatch.setattr(examples, "_DRAWS", 2)
 
 
 def test_the_spirals_are_the_papers() -> None:
@@ -128,7 +131,7 @@ def test_at_theta_one_the_truncated_gradient_leaves_the_blocks_as_they_were(tmp_
     for example in with_truncation(SPIRALS, (1.0,)):
         folder = tmp_path / example.param_grad
         folder.mkdir()
-        example.execute(folder)
+        example.execute(folder, Settings(), quiet)
         pairs = zip(example.network().parameters(), example.trained(folder).parameters(), strict=True)
         moved[example.param_grad] = [not torch.equal(p, q) for p, q in pairs]
     assert moved["exact"] == [True] * len(moved["exact"])
@@ -137,7 +140,7 @@ def test_at_theta_one_the_truncated_gradient_leaves_the_blocks_as_they_were(tmp_
 
 def executed(example: Example, folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
-    example.execute(folder)
+    example.execute(folder, Settings(), quiet)
     return json.loads((folder / "values.json").read_text())
 
 
@@ -163,7 +166,7 @@ def test_members_share_nothing_and_one_that_fails_is_named(tmp_path: Path, theta
 
 
 def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p3, "_SECONDS", 0.0)
+    monkeypatch.setattr(examples, "_SECONDS", 0.0)
     example = replace(SINE, epochs=4, rates=(0.01, 1e4), optimiser="adam")
     whole = executed(example, tmp_path / "whole")
 
@@ -181,11 +184,12 @@ def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "stopped").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        example.execute(tmp_path / "stopped", None, bar)
+        example.execute(tmp_path / "stopped", Settings(), bar)
     assert [file.name for file in (tmp_path / "stopped").iterdir()] == ["checkpoint"]
-    example.execute(tmp_path / "stopped", None, bar)
+    example.execute(tmp_path / "stopped", Settings(), bar)
     assert seen == [1, 2, 3, 4]
     again = json.loads((tmp_path / "stopped" / "values.json").read_text())
+    assert whole["seconds"] > 0
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
     for member in range(6):
         both = (weights_of(example, tmp_path / name, member) for name in ("whole", "stopped"))
@@ -234,9 +238,9 @@ def test_bad_settings_are_refused(changes: dict, match: str) -> None:
 @pytest.mark.parametrize(
     ("described", "match"),
     [
-        ({"kind": "network", "format": 1, "problem": "sine"}, "this describes no example of format 1"),
-        ({"kind": "example", "format": 2, "problem": "sine"}, "this describes no example of format 1"),
-        ({"kind": "example", "format": 1, "problem": "sine", "rate": 1}, "unknown setting of an example 'rate'"),
+        ({"kind": "network", "format": 1, "problem": "sine"}, "this code reads 'example' of format 1"),
+        ({"kind": "example", "format": 2, "problem": "sine"}, "this code reads 'example' of format 1"),
+        ({"kind": "example", "format": 1, "problem": "sine", "rate": 1}, "Example has no 'rate'"),
     ],
 )
 def test_other_descriptions_are_refused(described: dict, match: str) -> None:
@@ -259,7 +263,7 @@ def test_the_stiff_right_hand_side_keeps_its_limits() -> None:
 def test_jacobians_are_those_of_autograd() -> None:
     network = replace(SPIRALS, theta=0.5, tol=1e-13).network().requires_grad_(False)
     x = torch.randn(6, 2, dtype=torch.float64)
-    whole, inner = p3.jacobians(network, x)
+    whole, inner = examples.jacobians(network, x)
     for row in range(6):
 
         def last(entry: Tensor, row: int = row) -> Tensor:
@@ -293,30 +297,27 @@ def test_the_papers_solver_finds_the_same() -> None:
 def test_the_truncated_gradient_gets_worse_with_theta() -> None:
     """Spec 4.4: the error grows to 1 at theta = 1, where nothing is left."""
     thetas = (0.25, 0.5, 0.75, 1.0)
-    found = [p3.truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
+    found = [examples.truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
     errors = [median(row["error"]) for row in found]
     assert errors == sorted(errors)
     assert found[-1] == {"error": [1.0, 1.0], "cosine": [0.0, 0.0]}
     assert found[0]["error"][0] == pytest.approx(0.25, abs=0.1)  # a quarter of the blocks' terms is left out
     with pytest.raises(ValueError, match="truncation is for 'sine' and 'spirals', not for 'stiff'"):
-        p3.truncation(PAPER["stiff"])
+        examples.truncation(PAPER["stiff"])
 
 
 def test_minutes_grow_with_the_work() -> None:
     for example in PAPER.values():
-        assert p3._COUNTS[example.problem] == replace(example, seeds=(0,)).data().train.x.shape[1]
-        assert 0 < p3.minutes(replace(example, theta=0.0)) < p3.minutes(example)
-        assert p3.minutes(replace(example, epochs=2 * example.epochs)) == pytest.approx(2 * p3.minutes(example))
+        assert p3_runs._COUNTS[example.problem] == replace(example, seeds=(0,)).data().train.x.shape[1]
+        assert 0 < p3_runs.minutes(replace(example, theta=0.0)) < p3_runs.minutes(example)
+        assert p3_runs.minutes(replace(example, epochs=2 * example.epochs)) == pytest.approx(
+            2 * p3_runs.minutes(example)
+        )
 
 
 def test_grids() -> None:
-    grid = equal_time(PAPER["sine"], depths=(5, 10), rates=(0.01, 0.1))
-    assert [(e.theta, e.depth, e.step.dt, len(e.members)) for e in grid] == [
-        (0.0, 5, 0.2, 2),
-        (0.0, 10, 0.1, 2),
-        (0.5, 5, 0.2, 2),
-        (0.5, 10, 0.1, 2),
-    ]
+    grid = equal_time(PAPER["sine"], (5, 10), (0.01, 0.1), 0.5)
+    assert [(e.theta, e.depth, e.step.dt, len(e.members)) for e in grid] == [(0.5, 5, 0.2, 2), (0.5, 10, 0.1, 2)]
 
 
 def test_orbits_are_trained_on_where_they_are_seen(tmp_path: Path) -> None:
@@ -340,8 +341,8 @@ def test_figures_show_what_was_found(tmp_path: Path) -> None:
         "prey": [prey],
     }
     folders = {}
-    for kind, examples in kinds.items():
-        folders[kind] = {example: tmp_path / example.key for example in examples}
+    for kind, some in kinds.items():
+        folders[kind] = {example: tmp_path / example.key for example in some}
         for example, folder in folders[kind].items():
             executed(example, folder)
     drawn = [
@@ -351,7 +352,7 @@ def test_figures_show_what_was_found(tmp_path: Path) -> None:
         p3_figures.regions(folders["spirals"]),
         p3_figures.robustness(folders["spirals"]),
         p3_figures.stiffness(folders["stiff"]),
-        p3_figures.phase_plane(folders["prey"]),
+        p3_figures.phase_plane_of_prey(folders["prey"]),
         p3_figures.solvers(*next(iter(folders["spirals"].items())), block=1, steps=3),
     ]
     for number, figure in enumerate(drawn):

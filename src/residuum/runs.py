@@ -242,7 +242,7 @@ class Run:
             OSError: If data are not there or results cannot be written.
         """
         start = time.perf_counter()
-        with _threads(settings.threads):
+        with threads_of_torch(settings.threads):
             made = folder.absolute().parent.parent / "data"
             data = self.data.load(seed=self.seed, root=settings.data_root, made=made, progress=progress)
             config = replace(self.training, seed=self.seed)
@@ -403,7 +403,8 @@ def perform(job: Job, folder: Path, settings: Settings, progress: Bar = quiet) -
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_of_torch(count: int) -> Iterator[None]:
+    """So many threads while it is open, then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -159,7 +159,7 @@ def draw(folder: Path) -> list[Path]:
 
     written = []
     with rc_context({"font.size": 11, "axes.titlesize": 12}):
-        for name, figure in (("phase_plane", _phase_plane(0.5)), ("regions", _regions())):
+        for name, figure in (("phase_plane", phase_plane(0.5)), ("regions", _regions())):
             for suffix in (".png", ".pdf"):
                 path = folder / f"{name}{suffix}"
                 write_atomically(path, lambda part, kind=suffix[1:], f=figure: f.savefig(part, format=kind, dpi=150))
@@ -175,7 +175,14 @@ _VERDICTS = {
 }
 
 
-def _phase_plane(a: float) -> "Figure":
+def phase_plane(a: float) -> "Figure":
+    """Orbits of the four schemes for the rotation, in the plane of y and z.
+
+    Args:
+        a: dt w.
+
+    Source: P3 (Reshniak & Webster), figure 2.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 9.6), layout="constrained")

@@ -25,8 +25,9 @@ from residuum.memory import keep_freed_memory
 from residuum.progress import Show
 from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_object
 from residuum.runs import Job, Run, Settings, perform
+from residuum.toys.examples import Example
 
-KINDS: dict[str, type[Job]] = {Run.kind: Run}  # what a run.json can describe
+KINDS: dict[str, type[Job]] = {Run.kind: Run, Example.kind: Example}  # what a run.json can describe
 
 Say = Callable[[dict[str, Any]], None]
 _OFTEN = 0.2  # seconds between two lines about how far a run is

@@ -1,8 +1,10 @@
-"""The figures of P3's examples, from what `Example.execute` left in folders."""
+"""P3's figures 2 to 6 and those of its extended version, from what `Example.execute` left in folders."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -10,20 +12,128 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from residuum.experiments.p3 import Example
-from residuum.experiments.p3_networks import Chain, Flow
-from residuum.experiments.p3_problems import STIFF, damped_sine, orbit
+from residuum.claims import Figure, Results
+from residuum.drawing import line, panels
+from residuum.experiments.p3_runs import SCALES, THETAS, Grid, at, depth_needed, losses, stable_rate, with_truncation
 from residuum.layers.steps import Theta
 from residuum.solve import Anderson, GradientDescent, NewtonKrylov, Picard, Solver
-from residuum.stability import amplification
+from residuum.stability import amplification, phase_plane
+from residuum.toys.examples import Example
+from residuum.toys.networks import Chain, Flow
+from residuum.toys.problems import STIFF, damped_sine, orbit
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+Drawn = "matplotlib.figure.Figure"
 Folders = Mapping[Example, Path]
 _COLOURS = {0.0: "C3", 0.5: "C0", 1.0: "C2"}
 _FALLBACK = "C4"
+
+
+def figures(scale: str) -> tuple[Figure, ...]:
+    """The figures of the study: the paper's, then those of its extended version and ours."""
+    to = SCALES[scale]
+    sine, longer = ([*(at(e, theta) for theta in THETAS)] for e in (to.sine, to.longer))
+    spirals = [at(to.spirals, 0.0), *with_truncation(to.spirals)]
+    prey = [at(to.prey, theta) for theta in THETAS]
+    both = "Median and range over seeds."
+    made = [
+        Figure("p3-2", "P3, figure 2", "Steps of four schemes for a rotation, dt w = 0.5.", (), _plane),
+        _figure("p3-3", "P3, figure 3", f"Regression with T = 1: losses over epochs. {both}", sine, convergence),
+        _figure("p3-4", "P3, figure 4", f"Regression with T = 5: losses over epochs. {both}", longer, convergence),
+        _figure("p3-fit", "P3, figures 3 and 4", "The function and the median networks, T = 5.", longer, fits),
+        _figure("p3-5", "P3, figure 5", f"Two spirals: loss and accuracy over epochs. {both}", spirals, convergence),
+        _figure("p3-6", "P3, figure 6", "Two spirals: regions of the answers, seed 0.", spirals, regions),
+        _figure("p3-robust", "P3, its claim of robustness", "Spirals under noise; stretching.", spirals, robustness),
+        _figure("p3-solvers", "P3, section 2.2", "Residuals of a trained block.", [at(to.spirals, 0.5)], _solvers),
+    ]
+    for every in to.every:
+        stiff = [at(replace(to.stiff, every=every), theta) for theta in THETAS]
+        words = f"A stiff equation, known after every {every} steps: solution and networks, seed 0."
+        made.append(_figure(f"p3-stiff-{every}", "P3, extended version", words, stiff, stiffness))
+    made.append(_figure("p3-prey", "P3, extended version", "Prey and predators, seed 0.", prey, phase_plane_of_prey))
+    for name, grid in to.grids.items():
+        jobs = tuple(job for theta in (0.0, 0.5) for job in grid.jobs(theta))
+        words = f"{name}: validation loss (median over seeds) over the learning rate, per depth, at equal T."
+        made.append(Figure(f"p3-{name}-rates", "ours", words, jobs, partial(_rates, grid=grid)))
+        words = (
+            f"{name}: validation loss at the best rate over depth, at equal T: median, lowest, highest of the seeds."
+        )
+        made.append(Figure(f"p3-{name}-depths", "ours", words, jobs, partial(_depths, grid=grid)))
+    return tuple(made)
+
+
+def _figure(name: str, source: str, caption: str, jobs: Sequence[Example], draw: Callable[[Folders], Drawn]) -> Figure:
+    """A figure of those examples that are complete and have a member that did not fail."""
+
+    def drawn(results: Results) -> "matplotlib.figure.Figure | None":
+        there = {job: results[job.key].folder for job in jobs if job.key in results}
+        alive = {job: folder for job, folder in there.items() if None in values(folder)["failed"]}
+        return draw(alive) if alive else None
+
+    return Figure(name, source, caption, tuple(jobs), drawn)
+
+
+def _plane(results: Results) -> Drawn:
+    return phase_plane(0.5)
+
+
+def _solvers(folders: Folders) -> Drawn:
+    ((example, folder),) = folders.items()
+    return solvers(example, folder, block=example.depth // 2)
+
+
+def _there(results: Results, grid: Grid) -> bool:
+    return all(job.key in results for theta in (0.0, 0.5) for job in grid.jobs(theta))
+
+
+def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None":
+    """One panel per depth; failed members count as above all others."""
+    if not _there(results, grid):
+        return None
+    figure, axes = panels("", 1, len(grid.depths), width=3.4, height=3.6, share_y=True)
+    said = []
+    for number, theta in enumerate((0.0, 0.5)):
+        for ax, job in zip(axes, grid.jobs(theta), strict=True):
+            middles = [median(column) for column in zip(*losses(results, job, "validation_loss").values(), strict=True)]
+            known = [(rate, loss) for rate, loss in zip(grid.rates, middles, strict=True) if math.isfinite(loss)]
+            if known:
+                line(ax, *zip(*known, strict=True), label=f"theta = {theta:g}", number=number)
+            ax.axhline(grid.nothing, color="0.6", linewidth=1)
+            ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{job.depth} blocks")
+        stable = [median(stable_rate(results, job, grid.nothing).values()) for job in grid.jobs(theta)]
+        said.append(f"{' '.join(f'{rate:g}' for rate in stable)} at theta = {theta:g}")
+    axes[0].set_ylabel("validation loss (grey: of no answer)")
+    axes[0].legend()
+    figure.suptitle(f"Largest stable learning rate, per depth: {'; '.join(said)}", fontsize=12)
+    return figure
+
+
+def _depths(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None":
+    if not _there(results, grid):
+        return None
+    figure, (ax,) = panels("", 1, 1, width=6.4, height=4.4)
+    said = []
+    for number, theta in enumerate((0.0, 0.5)):
+        rows = [[min(row) for row in losses(results, j, "validation_loss").values()] for j in grid.jobs(theta)]
+        known = [(d, row) for d, row in zip(grid.depths, rows, strict=True) if math.isfinite(median(row))]
+        if known:
+            line(ax, [d for d, _ in known], [median(r) for _, r in known], label=f"theta = {theta:g}", number=number)
+        for d, row in known:
+            ends = [min(row), max(v for v in row if math.isfinite(v))]
+            ax.plot([d, d], ends, color=f"C{number}", linewidth=0.8, alpha=0.6)
+        needed = median(depth_needed(results, grid, theta).values())
+        words = f"more than {grid.depths[-1]}" if needed > grid.depths[-1] else f"{needed:g}"
+        said.append(f"{words} blocks at theta = {theta:g}")
+    ax.axhline(grid.level, color="0.6", linewidth=1)
+    ax.set(xscale="log", yscale="log", xlabel="blocks (equal T)", ylabel="validation loss at the best learning rate")
+    ax.set_xticks(grid.depths, [str(d) for d in grid.depths])
+    ax.set_xticks([], minor=True)
+    ax.legend()
+    figure.suptitle(f"A loss of {grid.level:g} (grey) takes\n{', '.join(said)} (median)", fontsize=12)
+    return figure
 
 
 def values(folder: Path) -> dict[str, Any]:
@@ -60,15 +170,15 @@ def _line(example: Example) -> dict[str, Any]:
     return {"color": _COLOURS.get(example.theta, _FALLBACK), "ls": style}
 
 
-def convergence(folders: Folders) -> "Figure":
-    """Validation loss over epochs: the median member and the range of all; accuracy, too, for spirals.
+def convergence(folders: Folders) -> Drawn:
+    """Validation loss over epochs: the median member and the range of all; beside it training loss or accuracy.
 
     Source: P3 (Reshniak & Webster), figures 3 to 5.
     """
     spirals = next(iter(folders)).problem == "spirals"
-    figure, (panels,) = _panels(1, 2 if spirals else 1, 4.6)
-    shown = [("validation_loss", "validation loss"), ("validation_accuracy", "validation accuracy")]
-    for axes, (name, words) in zip(panels, shown, strict=False):
+    figure, (row,) = _panels(1, 2, 4.6)
+    other = ("validation_accuracy", "validation accuracy") if spirals else ("train_loss", "training loss")
+    for axes, (name, words) in zip(row, [("validation_loss", "validation loss"), other], strict=True):
         for example, folder in folders.items():
             history = values(folder)["history"]
             rows = [(row["epoch"], [v for v in row[name] if v is not None]) for row in history]
@@ -76,16 +186,16 @@ def convergence(folders: Folders) -> "Figure":
             axes.plot(epochs, [median(v) for v in found], label=label(example), **_line(example))
             axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, **_line(example))
         axes.set(xlabel="epoch", ylabel=words)
-        if name == "validation_loss":
+        if name != "validation_accuracy":
             axes.set_yscale("log")
-    panels[0].legend(fontsize=8)
+    row[0].legend(fontsize=8)
     found = {example: values(folder) for example, folder in folders.items()}
     lasts = [(median(final(v, "validation_loss")), _short(e), v["history"][-1]["epoch"]) for e, v in found.items()]
     _title(figure, "Median validation loss", [f"{loss:.2g} at {name}, epoch {epoch}" for loss, name, epoch in lasts])
     return figure
 
 
-def regions(folders: Folders, *, member: int = 0) -> "Figure":
+def regions(folders: Folders, *, member: int = 0) -> Drawn:
     """Where the networks of one member answer 0 and 1, on [-1.5, 1.5]^2, with the two spirals.
 
     Source: P3 (Reshniak & Webster), figure 6.
@@ -111,7 +221,7 @@ def regions(folders: Folders, *, member: int = 0) -> "Figure":
     return figure
 
 
-def fits(folders: Folders) -> "Figure":
+def fits(folders: Folders) -> Drawn:
     """The damped sine and what the median member of each example makes of it.
 
     Source: P3 (Reshniak & Webster), figures 3 and 4.
@@ -133,7 +243,7 @@ def fits(folders: Folders) -> "Figure":
     return figure
 
 
-def robustness(folders: Folders) -> "Figure":
+def robustness(folders: Folders) -> Drawn:
     """Accuracy of the spirals under noise, and how far the networks stretch small changes of the input.
 
     Source: P3 (Reshniak & Webster), the claim of robustness.
@@ -161,13 +271,13 @@ def robustness(folders: Folders) -> "Figure":
     return figure
 
 
-def phase_plane(folders: Folders, *, member: int = 0) -> "Figure":
+def phase_plane_of_prey(folders: Folders, *, member: int = 0) -> Drawn:
     """Orbits of prey and predators that the networks have not been trained on, beside the exact ones.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    figure, (panels,) = _panels(1, len(folders), 3.9)
-    for axes, (example, folder) in zip(panels, folders.items(), strict=True):
+    figure, (row,) = _panels(1, len(folders), 3.9)
+    for axes, (example, folder) in zip(row, folders.items(), strict=True):
         x = example.data().validation.x[member]
         output = one(example, folder, member)(x).output
         for number in range(0, len(x), 3):
@@ -176,20 +286,20 @@ def phase_plane(folders: Folders, *, member: int = 0) -> "Figure":
             path = torch.cat([x[number : number + 1], output[number]])
             axes.plot(*path.T, ".-", ms=3, lw=0.8, color=_line(example)["color"], label=_once("network", number))
         loss = values(folder)["history"][-1]["validation_loss"][member]
-        axes.set(xlabel="prey", ylabel="predators", title=f"{label(example)}\nvalidation error {loss:.1e}")
+        axes.set(xlabel="prey", ylabel="predators", title=f"{label(example)}\n{_error(loss)}")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=8)
     figure.suptitle(f"{next(iter(folders)).depth} steps on orbits between those of the training", fontsize=12)
     return figure
 
 
-def stiffness(folders: Folders, *, member: int = 0) -> "Figure":
+def stiffness(folders: Folders, *, member: int = 0) -> Drawn:
     """The stiff equation: a solution that was not trained on, and the networks' after every step.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    figure, (panels,) = _panels(1, len(folders), 3.9)
-    for axes, (example, folder) in zip(panels, folders.items(), strict=True):
+    figure, (row,) = _panels(1, len(folders), 3.9)
+    for axes, (example, folder) in zip(row, folders.items(), strict=True):
         x, y = (part[member] for part in example.data().validation)
         times, output = np.linspace(0, example.time, example.depth + 1), one(example, folder, member)(x).output[..., 0]
         for number in range(0, len(x), 3):
@@ -199,7 +309,7 @@ def stiffness(folders: Folders, *, member: int = 0) -> "Figure":
             axes.plot(times, path, ".-", color=_line(example)["color"], label=_once("network", number))
         loss = values(folder)["history"][-1]["validation_loss"][member]
         shrink = abs(amplification(np.array([STIFF * example.step.dt]), theta=example.theta)[0])
-        axes.set(xlabel="t", ylabel="y", title=f"{label(example)}, |R| = {shrink:.2f}\nvalidation error {loss:.1e}")
+        axes.set(xlabel="t", ylabel="y", title=f"{label(example)}, |R| = {shrink:.2f}\n{_error(loss)}")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=8)
     every = next(iter(folders)).every
@@ -209,11 +319,15 @@ def stiffness(folders: Folders, *, member: int = 0) -> "Figure":
     return figure
 
 
+def _error(loss: float | None) -> str:
+    return "failed" if loss is None else f"validation error {loss:.1e}"
+
+
 def _once(words: str, number: int) -> str:
     return "" if number else words
 
 
-def solvers(example: Example, folder: Path, *, block: int = 12, steps: int = 30) -> "Figure":
+def solvers(example: Example, folder: Path, *, block: int = 12, steps: int = 30) -> Drawn:
     """How fast solvers lower the residual of one trained block: the median over validation points.
 
     Source: P3 (Reshniak & Webster), section 2.2, whose solver is gradient descent.
@@ -249,14 +363,14 @@ def _residual(
     return record.evaluations, float(record.residual.median())
 
 
-def _panels(rows: int, columns: int, size: float) -> tuple["Figure", list[list["Axes"]]]:
-    from matplotlib.figure import Figure
+def _panels(rows: int, columns: int, size: float) -> tuple["matplotlib.figure.Figure", list[list["Axes"]]]:
+    from matplotlib.figure import Figure as Empty
 
     wide = size * 1.5 if columns == 1 else size * columns
-    figure = Figure(figsize=(max(wide, 7.5), size * rows + 0.8), layout="constrained")
+    figure = Empty(figsize=(max(wide, 7.5), size * rows + 0.8), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
-def _title(figure: "Figure", what: str, numbers: Sequence[str]) -> None:
+def _title(figure: "matplotlib.figure.Figure", what: str, numbers: Sequence[str]) -> None:
     lines = ["; ".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
     figure.suptitle("\n".join([f"{what}:", *lines]), fontsize=11)

@@ -1,0 +1,177 @@
+"""The rules by which P3's claims are judged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from residuum.claims import Obtained, Results, above, at_least, at_most, below, between, equals, every
+from residuum.effects import mean_over, paired
+from residuum.experiments.p3_runs import (
+    Grid,
+    depth_needed,
+    final,
+    logs,
+    noisy,
+    parameters,
+    quantile,
+    stable_rate,
+)
+from residuum.stability import amplification, radius, scheme_matrix
+from residuum.toys.examples import Example, truncation
+
+STEPS = (0.5, 1.0, 2.0, 2.1, 5.0)  # dt w of the table of radii
+EXACT = 1e-6  # Verlet's double eigenvalue at dt w = 2 is found to the root of the rounding error, 1.5e-8
+LIKE = math.log10(3)  # three seeds of the independent implementation differ by a factor of 2.4 among themselves
+NEAR_THETA = 0.2  # the error of the truncated gradient was 0.21, 0.45, 0.73 at theta 0.25, 0.5, 0.75 in the example
+CHANCE = 0.75  # half way from chance to all right; untrained blocks gave 0.56 to 0.66
+WELL = 0.99
+TENFOLD = 1.0  # a decimal logarithm
+
+
+def radii(results: Results, *, scheme: str) -> Obtained:
+    """The spectral radius of a step for the rotation is that of the formula."""
+    expected = {
+        "forward euler": lambda a: math.hypot(1, a),
+        "backward euler": lambda a: 1 / math.hypot(1, a),
+        "trapezoidal": lambda a: 1.0,
+        "verlet": lambda a: 1.0 if a <= 2 else (a * a - 2 + a * math.sqrt(a * a - 4)) / 2,
+    }[scheme]
+    found = {a: radius(scheme_matrix(scheme, a)) for a in STEPS}
+    right = sum(abs(found[a] - expected(a)) < EXACT for a in STEPS)
+    words = ", ".join(f"{value:.4f} at {a:g}" for a, value in found.items())
+    return Obtained(f"{words}; must be those of the formula to {EXACT:g}", "pass" if right == len(STEPS) else "fail")
+
+
+def half_plane(results: Results) -> Obtained:
+    """|R| <= 1 on the left half plane for theta >= 1/2 and for no other."""
+    x, y = np.meshgrid(-np.logspace(-3, 3, 61), np.linspace(-1000, 1000, 81))
+    most = {theta: float(np.abs(amplification(x + 1j * y, theta=theta)).max()) for theta in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    right = all((size <= 1 + 1e-12) == (theta >= 0.5) for theta, size in most.items())
+    words = ", ".join(f"{size:.4g} at theta = {theta:g}" for theta, size in most.items())
+    return Obtained(f"largest |R| {words}; must be at most 1 from 1/2 on, and only there", "pass" if right else "fail")
+
+
+def truncated_error(results: Results, *, example: Example) -> Obtained:
+    """The relative error of the truncated gradient is about theta, at fresh weights."""
+    found = _errors(replace(example, seeds=example.seeds[:5]))
+    if example.theta == 1:
+        return equals(sorted(set(found)), [1.0])
+    return between(mean_over(found), (1 - NEAR_THETA) * example.theta, (1 + NEAR_THETA) * example.theta)
+
+
+@cache
+def _errors(example: Example) -> list[float]:
+    return truncation(example)["error"]
+
+
+def lower(results: Results, *, of: Example, than: Example, name: str = "validation_loss", by: float = 0.0) -> Obtained:
+    """A loss is lower, by so many powers of ten, in pairs of equal seeds."""
+    effect = paired(logs(final(results, than, name)), logs(final(results, of, name)))
+    return _worded("log10 of the ratio", at_least(effect, by) if by else above(effect, 0.0))
+
+
+def both_lower(results: Results, *, of: Example, than: Example) -> Obtained:
+    """Training and validation loss are lower."""
+    names = ("train_loss", "validation_loss")
+    return every(lower(results, of=of, than=than, name=name) for name in names)
+
+
+def in_every_seed(results: Results, *, of: Example, than: Example) -> Obtained:
+    """Training and validation loss are lower in every seed."""
+    count = 0
+    for seed in of.seeds:
+        count += all(
+            final(results, of, n)[seed] < final(results, than, n)[seed] for n in ("train_loss", "validation_loss")
+        )
+    return equals(f"{count} of {len(of.seeds)} seeds", f"{len(of.seeds)} of {len(of.seeds)} seeds")
+
+
+def like(results: Results, *, of: Example, losses: Sequence[float]) -> Obtained:
+    """The validation loss is within a factor of 3 of the geometric mean of known ones."""
+    known = float(np.mean([math.log10(loss) for loss in losses]))
+    effect = mean_over([value - known for value in logs(final(results, of, "validation_loss")).values()])
+    return _worded("log10 of ours / theirs", between(effect, -LIKE, LIKE))
+
+
+def perfect(results: Results, *, of: Example) -> Obtained:
+    """All validation points are right in every seed."""
+    found = final(results, of, "validation_accuracy").values()
+    count = sum(value == 1 for value in found)
+    return equals(f"{count} of {len(found)} seeds", f"{len(found)} of {len(found)} seeds")
+
+
+def accurate(results: Results, *, of: Example, least: float) -> Obtained:
+    """The accuracy is at least so high."""
+    return _worded("accuracy", at_least(mean_over(list(final(results, of, "validation_accuracy").values())), least))
+
+
+def near_chance(results: Results, *, of: Example) -> Obtained:
+    """The accuracy is low."""
+    return _worded("accuracy", at_most(mean_over(list(final(results, of, "validation_accuracy").values())), CHANCE))
+
+
+def more_accurate(results: Results, *, of: Example, than: Example) -> Obtained:
+    """The accuracy is higher."""
+    name = "validation_accuracy"
+    return _worded("difference", above(paired(final(results, of, name), final(results, than, name)), 0.0))
+
+
+def smaller_gap(results: Results, *, of: Example, than: Example) -> Obtained:
+    """The ratio of validation to training loss is lower."""
+
+    def gap(example: Example) -> dict[int, float]:
+        high, low = (logs(final(results, example, name)) for name in ("validation_loss", "train_loss"))
+        return {seed: high[seed] - low[seed] for seed in high}
+
+    return _worded("difference of log10 (validation / training)", below(paired(gap(of), gap(than)), 0.0))
+
+
+def frozen(results: Results, *, of: Example) -> Obtained:
+    """The blocks' weights are after training, bit for bit, as they were drawn."""
+    before, after = of.network().blocks.parameters(), of.trained(results[of.key].folder).blocks.parameters()
+    moved = sum(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    return equals(f"{moved} tensors of the blocks have moved", "0 tensors of the blocks have moved")
+
+
+def under_noise(results: Results, *, of: Example, than: Example, sd: float) -> Obtained:
+    """The accuracy under noise is not lower: one-sided, 95 %."""
+    return _worded("difference", at_least(paired(noisy(results, of, sd), noisy(results, than, sd), level=0.90), 0.0))
+
+
+def stretches_less(results: Results, *, of: Example, than: Example, name: str) -> Obtained:
+    """A Jacobian's largest singular value (95 % quantile over points) is smaller."""
+    pair = (logs(quantile(results, example, name, 2)) for example in (of, than))
+    return _worded("log10 of the ratio", below(paired(*pair), 0.0))
+
+
+def shrinks_less(results: Results, *, of: Example, than: Example) -> Obtained:
+    """The smallest singular value (5 % quantile over points), which bounds gradients from below, is larger."""
+    pair = (logs(quantile(results, example, "contraction", 0)) for example in (of, than))
+    return _worded("log10 of the ratio", above(paired(*pair), 0.0))
+
+
+def higher_rate(results: Results, *, grid: Grid) -> Obtained:
+    """The largest stable learning rate is higher for theta = 1/2: mean of the logarithms over depths."""
+    half, none = ([logs(stable_rate(results, job, grid.nothing)) for job in grid.jobs(theta)] for theta in (0.5, 0.0))
+    mean = [{seed: float(np.mean([row[seed] for row in rows])) for seed in rows[0]} for rows in (half, none)]
+    return _worded("log10 of the ratio", above(paired(*mean), 0.0))
+
+
+def fewer(results: Results, *, grid: Grid, of: str) -> Obtained:
+    """Fewer blocks (or parameters) are needed for a validation loss; where none reaches it, twice the most counts."""
+    half, none = (depth_needed(results, grid, theta) for theta in (0.5, 0.0))
+    beyond = 2 * grid.depths[-1]
+    if all(value == beyond for value in (*half.values(), *none.values())):
+        raise ValueError(f"no network of the grid reaches a validation loss of {grid.level:g}")
+    if of == "parameters":
+        half, none = ({s: parameters(grid.example, d) for s, d in row.items()} for row in (half, none))
+    words = f"{of} {sorted(half.values())} against {sorted(none.values())}, log10 of the ratio"
+    return _worded(words, below(paired(logs(half), logs(none)), 0.0))
+
+
+def _worded(words: str, found: Obtained) -> Obtained:
+    return Obtained(f"{words} {found.value}", found.verdict, found.effects)

@@ -1,0 +1,248 @@
+"""P3's study: its claims in worlds with known verdicts, and its examples as runs like all others."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from residuum import worker
+from residuum.claims import Judged, Study, judge
+from residuum.cli import main
+from residuum.engines.pool import Pool
+from residuum.experiments import SCALES, study
+from residuum.experiments.p3 import DEEP, REGRESSION, VARIED, VERDICTS
+from residuum.experiments.p3_runs import PAPER, depth_needed, final, minutes, parameters, stable_rate
+from residuum.experiments.p3_runs import SCALES as PLANS
+from residuum.files import stored, write_json, write_tensors
+from residuum.runindex import table
+from residuum.runs import Finished, Job, Run, execute, finished
+from residuum.stability import SCHEMES
+from residuum.sweeps import sweep
+from residuum.toys.examples import _WEIGHTS, NOISE, Example
+from residuum.toys.problems import damped_sine
+
+World = Callable[[Example, float, int], tuple[float, float, float]]  # training loss, validation loss, accuracy
+GEOMETRIC = {(theta, gradient): float(np.exp(np.log(losses).mean())) for theta, gradient, losses in REGRESSION}
+
+
+@cache
+def planned(scale: str) -> Study:
+    return study("p3", scale)
+
+
+def as_the_paper(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+    """Theta = 1/2 is better wherever the paper says so, by as much."""
+    theta, wobble = example.theta, 1 + 0.02 * math.sin(1.7 * seed + 5 * example.theta)
+    cut = example.param_grad == "truncated"
+    if len(example.rates) > 1:
+        loss = {"sine": 4e-3, "spirals": 0.2}[example.problem] / example.depth * (1 if theta else 3)
+        unstable = rate > (0.1, 0.2)[theta > 0]
+        loss = 50.0 if unstable else loss
+    elif example.problem == "sine" and example.time == 1:
+        loss = GEOMETRIC[theta, example.param_grad]
+        loss = float(np.exp(np.log(VARIED).mean())) if example.variation else loss
+        loss = float(np.exp(np.log(DEEP).mean())) if example.depth == 50 else loss
+    elif example.problem == "spirals":
+        loss = {(0.0, False): 1e-2, (0.5, False): 1e-4, (1.0, False): 0.1, (0.5, True): 1e-3, (1.0, True): 0.6}[
+            theta, cut
+        ]
+    else:
+        loss = {0.0: 1e-1, 0.5: 1e-2, 1.0: 5e-2}[theta]
+    gap = 100 if theta == 0 and example.problem == "spirals" else 1.1
+    accuracy = {0.0: 0.995, 0.5: 1.0, 1.0: 0.95}[theta] - 0.4 * (cut and theta == 1)
+    return loss * wobble / gap, loss * wobble, accuracy + (wobble - 1) / 10 if theta == 1 else accuracy
+
+
+def as_exchanged(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+    """The residual network is what the implicit one should be."""
+    other = {0.0: 0.5, 0.5: 0.0, 1.0: 1.0}[example.theta]
+    return as_the_paper(replace(example, theta=other), rate, seed)
+
+
+def as_if_nothing_differed(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+    """All networks are alike, but for chance."""
+    wobble = 1 + 0.1 * np.random.default_rng((seed, int(example.key, 16) % 2**32)).normal()
+    return 0.05 * wobble, 0.05 * wobble, 0.9
+
+
+def make(out: Path, jobs: tuple[Job, ...], world: World) -> dict[str, Finished]:
+    return {job.key: _make(out / job.key, job, world) for job in jobs}
+
+
+def _make(folder: Path, example: Example, world: World) -> Finished:
+    folder.mkdir()
+    found = [world(example, *member) for member in example.members]
+    # Stretching and noise follow the loss: what has the lower one stretches less and is right more often.
+    sizes = [1 + 100 * loss for _, loss, _ in found]
+    row = dict(
+        zip(("train_loss", "validation_loss", "validation_accuracy"), map(list, zip(*found, strict=True)), strict=True)
+    )
+    spread = [[size / 2, size, 2 * size] for size in sizes]
+    shrunk = [[1 / (2 * size), 1 / size, 2 / size] for size in sizes]
+    measured = {"jacobian": spread, "expansion": spread, "contraction": shrunk}
+    measured["noise"] = {
+        str(sd): [right / size for (_, _, right), size in zip(found, sizes, strict=True)] for sd in NOISE
+    }
+    write_json(
+        folder / "values.json", {"failed": [None] * len(found), "history": [{"epoch": 1} | row], "measured": measured}
+    )
+    if example.param_grad == "truncated" and example.problem == "spirals":
+        write_tensors(folder / "weights.safetensors", stored(example.network()), {}, format=_WEIGHTS)
+    return Finished(example, folder)
+
+
+def judged(out: Path, world: World) -> dict[str, Judged]:
+    results = make(out, planned("small").jobs, world)
+    return {claim.id: judge(claim, results) for claim in planned("small").claims}
+
+
+def having(found: dict[str, Judged], verdict: str) -> set[str]:
+    return {name.removeprefix("p3-") for name, one in found.items() if one.verdict == verdict}
+
+
+NOT_DONE = {"mnist-noise", "sine-iterations", "spirals-shifted", "multilevel"}
+EXACT = {
+    *(f"radius-{scheme.replace(' ', '-')}" for scheme in SCHEMES),
+    "half-plane",
+    *(f"truncated-{name}-{theta:g}" for name in ("sine", "spirals") for theta in (0.25, 0.5, 0.75, 1)),
+}
+# Theta = 1/2 against the residual network.
+COMPARED = {
+    *(f"spirals-{name}" for name in ("loss", "training", "gap", "jacobian", "expansion", "backward")),
+    *(f"spirals-noise-{sd:g}" for sd in NOISE[1:]),
+    *(f"sine-{name}" for name in ("ahead", "mean", "longer")),
+    *(f"{name}-{what}" for name in ("sine", "spirals") for what in ("rate", "depth", "parameters")),
+    *(f"stiff-{every}-half" for every in (2, 5, 10)),
+    "prey-explicit",
+}
+
+
+def test_where_the_paper_is_right_its_claims_pass(tmp_path: Path) -> None:
+    found = judged(tmp_path, as_the_paper)
+    assert having(found, "not run") == NOT_DONE
+    assert having(found, "pass") == {name.removeprefix("p3-") for name in found} - NOT_DONE
+
+
+def test_where_the_residual_network_is_better_comparisons_fail(tmp_path: Path) -> None:
+    failed = having(judged(tmp_path, as_exchanged), "fail")
+    assert failed >= COMPARED | {"spirals-perfect", "prey-backward"}
+    assert not failed & EXACT
+
+
+def test_where_nothing_differs_no_comparison_passes(tmp_path: Path) -> None:
+    found = judged(tmp_path, as_if_nothing_differed)
+    passed = having(found, "pass")
+    assert passed >= EXACT
+    assert not passed & (COMPARED | {"spirals-perfect", "spirals-one-trains", "spirals-one-truncated", "sine-deep"})
+    assert found["p3-sine-rate"].verdict == "fail"  # the largest stable rates are equal in every seed
+
+
+def test_failed_trainings_are_said_and_give_no_verdict(tmp_path: Path) -> None:
+    plan = PLANS["small"]
+    results = make(tmp_path, planned("small").jobs, as_the_paper)
+    example = replace(plan.spirals, theta=0.0)
+    path = tmp_path / example.key / "values.json"
+    values = json.loads(path.read_text())
+    values["failed"][1] = "not finite in epoch 2, step 1"
+    write_json(path, values)
+    with pytest.raises(ValueError, match="1 of 5 trainings failed at theta = 0: not finite in epoch 2, step 1"):
+        final(results, example, "validation_loss")
+    (claim,) = (claim for claim in planned("small").claims if claim.id == "p3-spirals-loss")
+    assert judge(claim, results).verdict == "inconclusive"
+
+
+def test_a_learning_rate_is_stable_if_all_lower_ones_are(tmp_path: Path) -> None:
+    grid = PLANS["small"].grids["sine"]
+    (job, *_) = grid.jobs(0.0)
+    ends = {
+        0: (0.1, 0.1, 0.1, None, 0.1),
+        1: (0.4, 0.1, 0.1, 0.1, 0.1),
+        2: (0.1,) * 5,
+        3: (None,) * 5,
+        4: (0.1, *(9.0,) * 4),
+    }
+
+    def world(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+        loss = ends[seed][example.rates.index(rate)]
+        return loss, loss, 0.0  # None where it failed
+
+    folder = tmp_path / job.key
+    folder.mkdir()
+    rows = [world(job, *member)[0] for member in job.members]
+    write_json(folder / "values.json", {"history": [{"train_loss": rows, "validation_loss": rows}]})
+    found = stable_rate({job.key: Finished(job, folder)}, job, grid.nothing)
+    assert found == {0: 0.1, 1: 0.005, 2: 0.4, 3: 0.005, 4: 0.01}
+
+
+def test_the_fewest_blocks_are_those_of_the_best_rate(tmp_path: Path) -> None:
+    grid = PLANS["small"].grids["sine"]
+
+    def world(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+        reached = seed < 4 and rate == 0.1 and example.depth >= 5 * (seed + 1)
+        return 0.1, grid.level if reached else 0.1, 0.0
+
+    results = make(tmp_path, tuple(grid.jobs(0.5)), world)
+    assert depth_needed(results, grid, 0.5) == {0: 5, 1: 10, 2: 20, 3: 20, 4: 40}
+
+
+def test_constants_are_what_they_say() -> None:
+    x = np.linspace(-1, 1, 100_001)
+    assert np.var(damped_sine(x)) == pytest.approx(PLANS["small"].grids["sine"].nothing, abs=1e-3)
+    for name in ("sine", "spirals"):
+        example = replace(PAPER[name], depth=3)
+        assert sum(p.numel() for p in example.network().parameters()) == parameters(example, 3)
+    assert set(VERDICTS) == set(SCHEMES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_job_is_an_example_of_known_cost(scale: str) -> None:
+    jobs = planned(scale).jobs
+    assert all(isinstance(job, Example) and minutes(job) > 0 for job in jobs)
+    assert minutes(Run.__new__(Run)) is None
+    total = sum(map(minutes, jobs))
+    assert total < {"tiny": 1, "small": 180, "paper": 480}[scale]
+
+
+def test_an_example_is_a_job_like_others(tmp_path: Path) -> None:
+    example = replace(PAPER["sine"], depth=2, epochs=2, batch=50, seeds=(0, 1))
+    assert isinstance(example, Job)
+    assert {"network": Run, "example": Example} == worker.KINDS
+    done = execute(example, tmp_path / "alone")
+    assert done.values["members"] == [{"rate": 0.01, "seed": 0}, {"rate": 0.01, "seed": 1}]
+    assert done.values["parameters"] == parameters(example, 2)
+    other = replace(example, theta=0.0)
+    outcome = sweep([example, other], tmp_path / "pool", Pool(workers=1))
+    assert outcome.counts == {"complete": 2}
+    pooled = finished(example, tmp_path / "pool")
+    same = [{k: v for k, v in one.values.items() if k != "seconds"} for one in (done, pooled)]
+    assert same[0] == same[1]
+    assert (done.folder / "weights.safetensors").read_bytes() == (pooled.folder / "weights.safetensors").read_bytes()
+    frame = table(tmp_path / "pool")
+    assert sorted(frame["theta"]) == [0.0, 0.5]
+    assert set(frame["kind"]) == {"example"}
+
+
+def test_a_checkpoint_of_another_place_is_begun_anew(tmp_path: Path) -> None:
+    example = replace(PAPER["sine"], depth=1, epochs=1, batch=50)
+    folder = tmp_path / "runs" / example.key
+    folder.mkdir(parents=True)
+    (folder / "checkpoint").write_bytes(b"nothing")
+    (tmp_path / "residuum.json").write_text('{"kind": "runs", "format": 1}')
+    assert execute(example, tmp_path).values["failed"] == [None]
+    assert "begins anew" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
+    assert main(["reproduce", "p3", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
+    mine = {claim["id"].removeprefix("p3-"): claim["verdict"] for claim in content["claims"] if claim["paper"] == "p3"}
+    assert {name for name, verdict in mine.items() if verdict == "not run"} == NOT_DONE
+    drawn = {path.stem for path in (tmp_path / "out" / "tiny" / "p3").glob("*.png")}
+    assert drawn == {figure.id for figure in planned("tiny").figures}
