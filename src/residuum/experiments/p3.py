@@ -203,7 +203,8 @@ def _grids(to: Scale) -> list[Claim]:
     for name, grid in to.grids.items():
         jobs = [job for theta in (0.5, 0.0) for job in grid.jobs(theta)]
         source = "P3, example 1" if name == "sine" else "P3 says it of example 1"
-        limits = f"{LOST} T = {grid.example.time:g}, {', '.join(map(str, grid.depths))} blocks, rates of a coarse grid."
+        limits = f"{LOST} T = {grid.example.time:g}; {', '.join(map(str, grid.depths))} blocks; coarse rates. "
+        limits += "A training whose equations are not solved counts as unstable."
         text = f"{name}: the largest learning rate that trains is higher at theta = 1/2 than at theta = 0"
         test, known = partial(higher_rate, grid=grid), "log10 of the ratio above 0, mean over depths"
         found.append(_claim(f"{name}-rate", source, text, known, test, jobs=jobs, limits=limits))

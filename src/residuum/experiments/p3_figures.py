@@ -93,7 +93,7 @@ def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None"
     """One panel per depth; failed members count as above all others."""
     if not _there(results, grid):
         return None
-    figure, axes = panels("", 1, len(grid.depths), width=3.4, height=3.6, share_y=True)
+    figure, axes = panels("", 1, len(grid.depths), width=3.0, height=3.9, share_y=True)
     said = []
     for number, theta in enumerate((0.0, 0.5)):
         for ax, job in zip(axes, grid.jobs(theta), strict=True):
@@ -102,19 +102,20 @@ def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None"
             if known:
                 line(ax, *zip(*known, strict=True), label=f"theta = {theta:g}", number=number)
             ax.axhline(grid.nothing, color="0.6", linewidth=1)
-            ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"{job.depth} blocks")
+            ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"depth {job.depth}")
+            ax.set_ylim(top=30 * grid.nothing)
         stable = [median(stable_rate(results, job, grid.nothing).values()) for job in grid.jobs(theta)]
         said.append(f"{' '.join(f'{rate:g}' for rate in stable)} at theta = {theta:g}")
     axes[0].set_ylabel("validation loss (grey: of no answer)")
     axes[0].legend()
-    figure.suptitle(f"Largest stable learning rate, per depth: {'; '.join(said)}", fontsize=12)
+    figure.suptitle("Largest stable learning rate, by depth:\n" + "\n".join(said), fontsize=12)
     return figure
 
 
 def _depths(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None":
     if not _there(results, grid):
         return None
-    figure, (ax,) = panels("", 1, 1, width=6.4, height=4.4)
+    figure, (ax,) = panels("", 1, 1, width=7.4, height=4.4)
     said = []
     for number, theta in enumerate((0.0, 0.5)):
         rows = [[min(row) for row in losses(results, j, "validation_loss").values()] for j in grid.jobs(theta)]
@@ -260,7 +261,13 @@ def robustness(folders: Folders) -> Drawn:
         largest = [row[2] for row in values(folder)["measured"]["jacobian"]]
         right.plot([place] * len(largest), largest, "o", color=_line(example)["color"])
     right.set(yscale="log", ylabel="largest stretching of an input's change\n(95 % quantile over validation points)")
-    right.set_xticks(range(len(folders)), [label(e).replace(" (", "\n(").replace(", ", "\n") for e in folders])
+    right.set_xticks(
+        range(len(folders)),
+        [
+            label(e).replace(" (", "\n(").replace(", ", "\n").replace("d n", "d\nn").replace("d g", "d\ng")
+            for e in folders
+        ],
+    )
     right.tick_params(axis="x", labelsize=8)
     right.margins(x=0.2)
     left.set(xlabel="standard deviation of the noise", ylabel="accuracy on validation points")

@@ -188,7 +188,7 @@ def minutes(job: Job) -> float | None:
     return steps * job.depth * _MILLISECONDS[kind] / 60_000 * max(1.0, len(job.members) / _TOGETHER)
 
 
-BySeed = dict[int, float]
+BySeed = dict[int, float | int]
 
 
 def final(results: Results, example: Example, name: str) -> BySeed:
@@ -249,7 +249,7 @@ def depth_needed(results: Results, grid: Grid, theta: float) -> BySeed:
     }
 
 
-def parameters(example: Example, depth: float) -> float:
+def parameters(example: Example, depth: float | int) -> float | int:
     """Parameters of the network of so many blocks; for depths with and without a network."""
     inputs, width = 1 if example.problem == "sine" else 2, example.width
     return (inputs + 2) * width + 1 + depth * (width * width + width)
