@@ -468,3 +468,15 @@ def test_a_tolerance_below_machine_precision_is_refused() -> None:
         fixed_point(torch.tanh, torch.zeros(2, 3), Anderson(1e-8))
     with pytest.raises(ValueError, match=r"Neumann: tol=1.0e-08"):
         fixed_point(torch.tanh, torch.zeros(2, 3), Anderson(), adjoint=Neumann(1e-8))
+
+
+def test_solvers_for_few_entries_or_of_the_paper_refuse_what_they_cannot() -> None:
+    with pytest.raises(ValueError, match="Dense: states have 65 entries, more than max_steps=64; GMRES suits them"):
+        Dense().invert(lambda v: v / 2, torch.ones(1, 65))
+    with pytest.raises(ValueError, match=r"GradientDescent: rate is 0\.0; it must be above 0"):
+        GradientDescent(rate=0.0)
+    x = torch.tensor([[1.0, -2.0]], dtype=torch.float64)  # f(x) = x / 2: the gradient of |x - f(x)|^2 is x / 2
+    y, record = GradientDescent(max_steps=1, rate=0.1).solve(lambda v: v / 2, x)
+    assert torch.allclose(y, 0.95 * x)
+    assert record.steps.tolist() == [1]
+    assert not record.converged.any()
