@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,18 +95,19 @@ def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None"
     if not _there(results, grid):
         return None
     figure, axes = panels("", 1, len(grid.depths), width=3.0, height=3.9, share_y=True)
-    said = []
+    said, seen = [], [grid.nothing]
     for number, theta in enumerate((0.0, 0.5)):
         for ax, job in zip(axes, grid.jobs(theta), strict=True):
             middles = [median(column) for column in zip(*losses(results, job, "validation_loss").values(), strict=True)]
             known = [(rate, loss) for rate, loss in zip(grid.rates, middles, strict=True) if math.isfinite(loss)]
             if known:
                 line(ax, *zip(*known, strict=True), label=f"theta = {theta:g}", number=number)
+                seen += [loss for _, loss in known]
             ax.axhline(grid.nothing, color="0.6", linewidth=1)
             ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"depth {job.depth}")
-            ax.set_ylim(top=30 * grid.nothing)
         stable = [median(stable_rate(results, job, grid.nothing).values()) for job in grid.jobs(theta)]
         said.append(f"{' '.join(f'{rate:g}' for rate in stable)} at theta = {theta:g}")
+    axes[0].set_ylim(min(seen) / 2, 2 * min(max(seen), 30 * grid.nothing))
     axes[0].set_ylabel("validation loss (grey: of no answer)")
     axes[0].legend()
     figure.suptitle("Largest stable learning rate, by depth:\n" + "\n".join(said), fontsize=12)
@@ -261,14 +263,8 @@ def robustness(folders: Folders) -> Drawn:
         largest = [row[2] for row in values(folder)["measured"]["jacobian"]]
         right.plot([place] * len(largest), largest, "o", color=_line(example)["color"])
     right.set(yscale="log", ylabel="largest stretching of an input's change\n(95 % quantile over validation points)")
-    right.set_xticks(
-        range(len(folders)),
-        [
-            label(e).replace(" (", "\n(").replace(", ", "\n").replace("d n", "d\nn").replace("d g", "d\ng")
-            for e in folders
-        ],
-    )
-    right.tick_params(axis="x", labelsize=8)
+    right.set_xticks(range(len(folders)), [fill(label(e), 11) for e in folders])
+    right.tick_params(axis="x", labelsize=7)
     right.margins(x=0.2)
     left.set(xlabel="standard deviation of the noise", ylabel="accuracy on validation points")
     left.legend(fontsize=8)
