@@ -41,6 +41,7 @@ bench: .venv/dev
 	$(ONE) $(BIN)/python -W ignore -m benchmarks.solve
 	$(ONE) $(BIN)/python -m benchmarks.limits
 	$(ONE) $(BIN)/python -m benchmarks.runs
+	$(ONE) $(BIN)/python -m benchmarks.sweeps
 
 clean:
 	rm -rf .venv dist residuum-demo

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # those o
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(worker.KINDS, Fake.kind, Fake)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a local cluster leaves a token in the home folder
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @contextmanager
@@ -36,7 +38,6 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = cluster.add_node(num_cpus=1)

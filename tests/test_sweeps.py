@@ -20,6 +20,7 @@ from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Worker
 from residuum.layers.coupling import Coupling
+from residuum.loading import returned
 from residuum.models import ResNetConfig
 from residuum.runs import DataConfig, Run, Settings
 from residuum.sweeps import checked, grid, labels, sweep
@@ -44,7 +45,7 @@ def test_a_grid_is_every_combination_in_order() -> None:
     assert grid(RUN, {}) == [RUN]
     # settings that are checked together are changed together
     (wider,) = grid(RUN, {"model.blocks": [(1, 1, 1)], "model.widths": [(4, 8, 8)]})
-    assert wider.model.lengths == (1, 1, 1) if hasattr(wider.model, "lengths") else wider.model.blocks == (1, 1, 1)
+    assert (wider.model.blocks, wider.model.widths) == ((1, 1, 1), (4, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,12 @@ def test_a_run_that_would_come_out_of_its_file_as_another_is_refused(monkeypatch
     monkeypatch.setattr(Fake, "from_description", classmethod(lambda cls, given: cls(act="hang")))
     with pytest.raises(ValueError, match="does not survive being written"):
         checked([Fake(0)])
+
+
+def test_the_example_is_six_runs() -> None:
+    runs = checked(returned(f"{Path(__file__).parents[1] / 'examples' / 'sweep.py'}:depths"))
+    assert len(runs) == 6
+    assert list(labels(runs).values())[3] == "blocks=4,4,4 seed=1"
 
 
 def test_labels_say_what_differs() -> None:

@@ -101,7 +101,7 @@ def depth_axis(axes: "Axes", depths: Iterable[int], *, log: bool = True) -> None
     known = sorted(set(depths))
     if log:
         axes.set_xscale("log")
-    shown = [d for d in known if len(known) <= 8 or d in (2, 4, 8, 10, 16, 20, 30, 40, 60, 80, 100)]
+    shown = [d for d in known if len(known) <= 8 or d in (1, 2, 4, 10, 20, 40, 100)]
     axes.set_xticks(shown, [str(d) for d in shown])
     axes.set_xticks([], minor=True)
 

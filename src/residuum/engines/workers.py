@@ -59,7 +59,7 @@ class Ended:
 
     Attributes:
         state: "complete"; "failed"; "busy": another process is carrying it out.
-        kind: Of a failure: "raised", "not finite", "time limit", "killed".
+        kind: Of a failure: "raised", "not finite", "time limit", "killed", "place" (not the run's fault).
         message: Of a failure.
     """
 

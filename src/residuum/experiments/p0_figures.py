@@ -43,6 +43,7 @@ STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1,
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
+CONVOLUTIONS = (5, "limit 1, convolutions")
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
 
 
@@ -143,6 +144,15 @@ def _draw(axes: "Axes", points: Iterable[tuple[float, Sequence[float]]], label: 
 def _legend(axes: "Axes") -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+
+
+def _common_legend(figure: "Canvas") -> None:
+    """One legend of all panels, below them."""
+    named = {}
+    for axes in figure.axes:
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=6)
 
 
 def _ticks(axes: "Axes", names: Sequence[str], *, turned: bool = False) -> None:
@@ -249,21 +259,20 @@ def _strength(cell: Cell) -> float:
     return float(STRENGTHS.index(cell.coupled))
 
 
-def _by_limit(table: Table, data: str) -> dict[float | None, dict[Cell, Seeds]]:
-    """The networks with batch norm, as the data set limits it, by limit, along strengths."""
+def _lines(table: Table, data: str) -> dict[tuple[int, str], dict[Cell, Seeds]]:
+    """The networks of each line, along strengths, by the line's style and name."""
     clipped = limited(data)[0].clipped
-    found: dict[float | None, dict[Cell, Seeds]] = {}
+    found: dict[tuple[int, str], dict[Cell, Seeds]] = {}
     for cell in sorted(table, key=_strength):
-        recurrent = cell.couple == "all"
-        if cell.norm == "batch" and (cell.bound is None or recurrent or cell.clipped == clipped):
-            found.setdefault(cell.bound, {})[cell] = table[cell]
-    return {bound: found[bound] for bound in LIMITS if bound in found}
+        usual = cell.bound is None or cell.couple == "all" or cell.clipped == clipped
+        name = (6, "group norm") if cell.norm == "group" else LIMITS[cell.bound] if usual else CONVOLUTIONS
+        found.setdefault(name, {})[cell] = table[cell]
+    return dict(sorted(found.items()))
 
 
 def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str) -> None:
     """One quantity against the strength, one line for each limit."""
-    for bound, cells in _by_limit(table, data).items():
-        number, name = LIMITS[bound]
+    for (number, name), cells in _lines(table, data).items():
         points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
         _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
         for point in points:  # other kinds of coupling are no part of the line
@@ -283,7 +292,7 @@ def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
             ax = axes[3 * row + column]
             _along(ax, results, table, data, index)
             ax.set(title=f"{SETS[data]}, {index}", ylabel=f"{index} index ({GOOD[index]})", ylim=(-0.03, 1.03))
-        _legend(axes[3 * row])
+    _common_legend(figure)
     said = [_ends(results, table, "recurrence", SETS[data]) for data, table in having.items()]
     figure.suptitle("; ".join(filter(None, said)))
     return figure
@@ -308,7 +317,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     for ax, (data, table) in zip(axes, having.items(), strict=True):
         _along(ax, results, table, data, "accuracy")
         ax.set(title=SETS[data], ylabel="test accuracy, %")
-        _legend(ax)
+    _common_legend(figure)
     changes = [
         effect.value for table in having.values() if (effect := _change(results, table, (FREE, COUPLED), "accuracy"))
     ]
@@ -374,7 +383,7 @@ def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
         ax.set(title=quantity, xlabel="digits in an image", ylabel=label, xticks=(2, 3, 4, 5))
         if quantity != "accuracy":
             ax.set_ylim(-0.03, 1.03)
-    _legend(axes[0])
+    _common_legend(figure)
     said = [_ends(results, table, "accuracy", SETS[data]) for data, table in having.items() if data == "clutter3"]
     figure.suptitle("".join(said))
     return figure
@@ -401,7 +410,7 @@ def _controls(results: Results, *, tables: Mapping[str, Table], shuffled: Mappin
             drawn.set_linestyle("none")
         ax.set(title=f"{index} ({GOOD[index]})", ylabel=f"{index} index by agreement", ylim=(-0.03, 1.03))
         _ticks(ax, [SETS[data] for data in having], turned=True)
-    _legend(axes[0])
+    _common_legend(figure)
     figure.suptitle(
         f"Ordinary networks: recurrence by agreement {means['recurrence', 'at initialisation']:.2f} at initialisation "
         f"(equal weights), {means['recurrence', 'trained']:.2f} after training"

@@ -142,7 +142,7 @@ SCALES = {
         | dict.fromkeys(("mnist", "cifar10", "cifar100"), DataConfig("digits", train=60, test=20)),
         updates=_updates(6, 6, 6),
         batch=20,
-        ends=(0, 1),
+        ends=(0,),
         seeds=(0,),
         strengths=("mnist",),
         limits=("mnist",),
@@ -210,8 +210,8 @@ def run_of(
 ) -> Run:
     """One network of the study. All start with equal weights in each section, so the coupling is the only difference.
 
-    The learning rate is 0.05, with which networks with clipped batch norm learn (MNIST, seed 0: with 0.1 they were right
-    on 10 % of the test images after 938 steps), and on Digitclutter, where none is clipped, 0.1.
+    The learning rate is 0.05, with which networks with clipped batch norm learn (MNIST, seed 0: with 0.1 they were
+    right on 10 % of the test images after 938 steps), and on Digitclutter, where none is clipped, 0.1.
 
     Args:
         scale: Of `SCALES`.

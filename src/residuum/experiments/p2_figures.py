@@ -189,14 +189,15 @@ def _curves(results: Results, *, sweeps: Mapping[str, Sweep], index: str, label:
                 name = ("trained", "untrained")[number]
                 _draw(ax, found, name, number, fresh=bool(number))
             ax.set(title=f"{SETS[data]}, {'whole network' if section is None else NAMES[section]}", xlabel=DEPTH)
-            depth_axis(ax, found[0])
+            depths = mean_curve(found)
+            depth_axis(ax, depths)
             if index.startswith("mean"):
                 ax.set_yscale("log")
                 plain_ticks(ax)
             else:
                 ax.set_ylim(bottom=0)
             if index == "mean_scaled_perturbation":
-                ax.axhline(EPS, color="0.5", linewidth=1)
+                ax.plot([min(depths), max(depths)], [EPS, EPS], color="0.5", linewidth=1, label=f"{EPS:g}")
         axes[4 * row].set_ylabel(label)
         axes[4 * row].legend()
     return figure
