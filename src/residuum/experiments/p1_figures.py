@@ -31,6 +31,7 @@ from residuum.experiments.p1_runs import (
     shuffled_of,
     unrolled,
 )
+from residuum.experiments.p2_figures import plain_ticks
 from residuum.probes import groups
 from residuum.profiles import Profile
 from residuum.runs import Finished, Run
@@ -53,7 +54,8 @@ def figures(scale: str) -> tuple[Figure, ...]:
     networks = runs_in(*kinds.values())
     shared = {name: of(scale, name) for name in ("naive", "38", "110", "ubn")}
     ablated = {name: of(scale, name) for name in ("ubn", *ABLATED, "naive", "110")}
-    table = {data: {name: of(scale, name, data=data) for name in (*TABLE, "naive")} for data in SCALES[scale].data}
+    shown = {data: (*TABLE, "naive") if data == "cifar10" else TABLE for data in SCALES[scale].data}
+    table = {data: {name: of(scale, name, data=data) for name in rows} for data, rows in shown.items()}
     seed = "First seed."
     wide = "The wide network has 4, 5 and 5 blocks per section, as its count of parameters says, not 4."
     return (
@@ -167,6 +169,14 @@ def _changes(ax: "Axes", profile: Profile) -> None:
     ax.set_xlabel(BLOCK)
 
 
+def _epochs(ax: "Axes") -> None:
+    """A horizontal axis of whole epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set_xlabel("epoch")
+
+
 def _cosines(results: Results, *, kinds: Mapping[str, Seeds], shuffled: Mapping[str, Run]) -> Drawn:
     having = _firsts(results, kinds)
     if not having:
@@ -249,7 +259,8 @@ def _answers(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
             color = shade(state / (states - 1))
             epochs = range(1, len(rows) + 1)
             ax.plot(epochs, 100 * rows[:, state], color=color, marker=".", label=ends.get(state, "_"))
-        ax.set(xlabel="epoch", ylabel="test accuracy, %")
+        ax.set_ylabel("test accuracy, %")
+        _epochs(ax)
         ax.legend()
     return figure
 
@@ -305,6 +316,7 @@ def _unrolling(results: Results, *, runs: Seeds) -> Drawn:
         ax.set(xlabel="extra runs", ylabel=words, title="all test images")
         if quantity != "plugin_gradient_cosine":
             ax.set_yscale("log")
+            plain_ticks(ax)
     axes[6].legend()
     losses = [along(run.profile(split), unrolled(scale, "loss")) for split in ("train", "profile")]
     said = ", ".join(f"{n} loss {v[0]:.3g} to {v[-1]:.3g}" for n, v in zip(("training", "test"), losses, strict=True))
@@ -322,12 +334,15 @@ def _row(name: str) -> Callable[[Finished], list[float | None]]:
 
 
 def _initial(ax: "Axes", having: Mapping[str, Sequence[Finished]], quantity: str, words: str) -> None:
-    """A quantity along the blocks at calibrated initialisation, for networks of one depth."""
+    """A quantity along the blocks at calibrated initialisation, for those networks that have the depth of 110."""
     for number, (name, runs) in enumerate(having.items()):
+        if name == "38":
+            continue
         values = _mean(runs, lambda run: along(run.profile("initial"), quantity))
         line(ax, range(1, len(values) + 1), values, label=NAMES[name], number=number, fresh=True)
-    _changes(ax, next(iter(having.values()))[0].profile("initial"))
+    _changes(ax, next(runs[0] for name, runs in having.items() if name != "38").profile("initial"))
     ax.set(ylabel=words, yscale="log", title="at initialisation")
+    plain_ticks(ax)
 
 
 def _naive(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
@@ -349,16 +364,17 @@ def _naive(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
         said[name] = 100 * float(np.mean(list(errors(results, done(results, tables[name])).values())))
         if not all(map(math.isnan, ratio)):
             line(ratios, epochs, ratio, label=NAMES[name], **color)
-    curves.set(xlabel="epoch", ylabel="loss, nats", yscale="log")
-    ratios.set(xlabel="epoch", ylabel="gradient, first / last section", yscale="log")
-    deep = {name: runs for name, runs in having.items() if name != "38"}
-    if deep:
-        _initial(norms, deep, "state_norm", "norm of the state |h|")
-        _initial(gradients, deep, "gradient_norm", "norm of the gradient |dL/dh|")
+    curves.set(ylabel="loss, nats", yscale="log")
+    ratios.set(ylabel="gradient, first / last section", yscale="log")
+    if having.keys() - {"38"}:
+        _initial(norms, having, "state_norm", "norm of the state |h|")
+        _initial(gradients, having, "gradient_norm", "norm of the gradient |dL/dh|")
     else:
         norms.remove()
         gradients.remove()
     for ax in (curves, ratios):
+        _epochs(ax)
+        plain_ticks(ax)
         ax.legend()
     found = ", ".join(f"{NAMES[name]} {value:.1f} %" for name, value in said.items())
     figure.suptitle(f"Test errors: {found}", fontsize=12)
@@ -373,7 +389,8 @@ def _ablation(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
     for number, (name, runs) in enumerate(having.items()):
         values = [100 * v for v in _mean(runs, _row("test_accuracy"))]
         line(curves, range(1, len(values) + 1), values, label=NAMES[name], number=number)
-    curves.set(xlabel="epoch", ylabel="test accuracy, %")
+    curves.set(ylabel="test accuracy, %")
+    _epochs(curves)
     curves.legend()
     _initial(norms, having, "state_norm", "norm of the state |h|")
     grown = {name: float(np.mean([max(growths(run.profile("initial"))) for run in r])) for name, r in having.items()}
@@ -383,9 +400,8 @@ def _ablation(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
 
 
 def _table(results: Results, *, tables: Mapping[str, Mapping[str, Seeds]]) -> Drawn:
-    rows = {
-        data: {n: done(results, runs) for n, runs in row.items() if done(results, runs)} for data, row in tables.items()
-    }
+    rows = {data: {name: done(results, runs) for name, runs in row.items()} for data, row in tables.items()}
+    rows = {data: {name: runs for name, runs in row.items() if runs} for data, row in rows.items()}
     rows = {data: row for data, row in rows.items() if row}
     if not rows:
         return None

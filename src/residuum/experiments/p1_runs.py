@@ -28,7 +28,7 @@ SHARED = {
     "ubn182": ("182-UBN", UBN),
 }
 NAMES = KINDS | {name: words for name, (words, _) in SHARED.items()} | {n: f"ResNet-{n}" for n in ("32", "38", "56")}
-NAMES |= {"ubn": "110-UBN", "naive": "110, naive sharing"}
+NAMES |= {"ubn": "110-UBN", "naive": "110, naive sharing", "110": "ResNet-110"}
 ABLATED = ("gamma", "statistics", "affine")
 TABLE = ("32", "38", "ubn", "ubn146", "ubn182", "56", "110")  # rows of Table 1
 # Table 1: per cent of errors on training and test images, means of 4 runs.
@@ -141,8 +141,8 @@ SCALES = {
         table=False,
     ),
     "paper": Scale(
-        about="The paper's networks, epochs and rates; batches of 128 and decay 1e-4, which it does not give, are ours, "
-        "as is the range of translations (4 pixels).",
+        about="The paper's networks, epochs and rates; batches of 128 and decay 1e-4, which it does not give, are "
+        "ours, as is the range of translations (4 pixels).",
         data={"cifar10": DataConfig("cifar10"), "cifar100": DataConfig("cifar100")},
         blocks=_DEPTHS,
         free=5,
@@ -305,7 +305,7 @@ def chosen_scale(run: Finished) -> float:
 
 
 def errors(results: Results, runs: Seeds, *, split: str = "test") -> dict[int, float]:
-    """Share of images that are wrong after training, in evaluation mode: of all test, or the measured training images."""
+    """Share of images that are wrong after training, in evaluation mode: of test or measured training images."""
     if split == "test":
         return {seed: 1 - results[run.key].history[-1]["test_accuracy"] for seed, run in runs.items()}
     return {seed: 1 - along(results[run.key].profile("train"), "accuracy")[-1] for seed, run in runs.items()}
