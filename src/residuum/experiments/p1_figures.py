@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from residuum.claims import Figure, Results
-from residuum.drawing import line, panels, shade
+from residuum.drawing import COLOURS, MARKERS, line, panels, shade
 from residuum.experiments.p1_runs import (
     ABLATED,
     GRID,
@@ -185,7 +185,7 @@ def _cosines(results: Results, *, kinds: Mapping[str, Seeds], shuffled: Mapping[
     for name, run in having.items():
         values = along(run.profile(), "gradient_cosine")
         said.append(f"{KINDS[name]} {sum(v < 0 for v in values)} of {len(values)}")
-    figure, axes = _grid(f"Blocks that move the state against the gradient: {', '.join(said)}", having)
+    figure, axes = _grid(f"Blocks that move the state against the gradient:\n{', '.join(said)}", having)
     for ax, (name, run) in zip(axes, having.items(), strict=False):
         for number, (split, label) in enumerate((("profile", "test"), ("train", "training"))):
             _blocks(ax, run.profile(split), "gradient_cosine", label=label, number=number)
@@ -210,7 +210,7 @@ def _drops(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
         values, all_of_it = along(run.profile(), "drop_accuracy"), along(run.profile(), "intact_accuracy")[-1]
         worst = min(range(len(values)), key=values.__getitem__)
         said.append(f"{KINDS[name]} {100 * (all_of_it - values[worst]):.0f} (block {worst + 1})")
-    figure, axes = _grid(f"Points of accuracy lost without the most needed block: {', '.join(said)}", having)
+    figure, axes = _grid(f"Points of accuracy lost without the most needed block:\n{', '.join(said)}", having)
     for ax, (_, run) in zip(axes, having.items(), strict=False):
         profile = run.profile()
         values = [100 * v for v in along(profile, "drop_accuracy")]
@@ -251,7 +251,7 @@ def _answers(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
         rows = [list(row["curves"]["accuracy"].values())[-1] for row in run.history]
         series[name] = np.array(rows, dtype=float)  # epoch, state
         said.append(f"{KINDS[name]} {100 * rows[-1][0]:.0f} to {100 * rows[-1][-1]:.0f} %")
-    figure, axes = _grid(f"Accuracy along the last section after training: {', '.join(said)}", having)
+    figure, axes = _grid(f"Accuracy along the last section after training:\n{', '.join(said)}", having)
     for ax, rows in zip(axes, series.values(), strict=False):
         states = rows.shape[1]
         for state in range(states):
@@ -395,7 +395,7 @@ def _ablation(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
     _initial(norms, having, "state_norm", "norm of the state |h|")
     grown = {name: float(np.mean([max(growths(run.profile("initial"))) for run in r])) for name, r in having.items()}
     said = ", ".join(f"{NAMES[name]} \u00d7 {value:.2g}" for name, value in grown.items())
-    figure.suptitle(f"Largest growth of the state within a section at initialisation: {said}", fontsize=11)
+    figure.suptitle(f"Largest growth of the state within a section at initialisation:\n{said}", fontsize=11)
     return figure
 
 
@@ -414,7 +414,8 @@ def _table(results: Results, *, tables: Mapping[str, Mapping[str, Seeds]]) -> Dr
             means = [float(np.mean(v)) for v in values]
             places = [i + 0.12 * number for i in range(len(row))]
             label = {"train": "training", "test": "test"}[split]
-            line(ax, places, means, label=label, number=number, spread=spread)
+            look = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "none", "capsize": 2}
+            ax.errorbar(places, means, yerr=spread, label=label, **look)
             known = [(i, PRINTED[data][name][number]) for i, name in enumerate(row) if name in PRINTED[data]]
             stars = {"marker": "*", "linestyle": "none", "markersize": 9, "color": "0.35", "alpha": 0.9 - 0.4 * number}
             ax.plot(*zip(*known, strict=True), label=f"the paper, {label}", **stars) if known else None
