@@ -7,7 +7,7 @@ from residuum.claims import Claim, Obtained, Results
 from residuum.experiments.p1_runs import (
     KINDS,
     SCALES,
-    of,
+    looked,
     runs_in,
     shuffled_of,
 )
@@ -91,7 +91,7 @@ def cosines(scale: str) -> list[Claim]:
     """Blocks move the state against the gradient of the loss."""
     found = []
     for name, words in KINDS.items():
-        runs = of(scale, name)
+        runs = looked(scale, name)
         rows: list[tuple[str, str, str, str, Test]] = [
             (
                 "negative",
@@ -124,8 +124,8 @@ def cosines(scale: str) -> list[Claim]:
         text = f"{words}: on test images, more so than the same network trained on shuffled labels"
         test = partial(cosine_beside, pairs=(pair,))
         found.append(claim(f"cosine-{name}-shuffled", OURS, text, "mean cosine lower", test, jobs=pair))
-    runs = of(scale, "110")
-    pairs = [(of(scale, deep)[0], of(scale, flat)[0]) for deep in ("110", "avgpool") for flat in SHALLOW]
+    runs = looked(scale, "110")
+    pairs = [(looked(scale, deep)[0], looked(scale, flat)[0]) for deep in ("110", "avgpool") for flat in SHALLOW]
     low, high = LAST_COSINE
     return [
         *found,
@@ -151,7 +151,7 @@ def cosines(scale: str) -> list[Claim]:
 def ratios(scale: str) -> list[Claim]:
     """How much blocks change the state."""
     found = []
-    place, long = "figure 2 (poster 5)", {name: of(scale, name) for name in ("single", "avgpool")}
+    place, long = "figure 2 (poster 5)", {name: looked(scale, name) for name in ("single", "avgpool")}
     for name, runs in long.items():
         text = f"{KINDS[name]}: the first block changes the state strongly"
         test, known = partial(first_strong, runs=runs), f"l2 ratio at least {STRONG:g}; up to 2"
@@ -161,7 +161,7 @@ def ratios(scale: str) -> list[Claim]:
         limits = "Of average pooling the first group. An untrained network's falls, too."
         found.append(claim(f"ratio-{name}-falls", place, text, known, test, jobs=runs_in(runs), limits=limits))
     for name in ("110", "wide"):
-        pairs = [(of(scale, name)[0], runs[0]) for runs in long.values()]
+        pairs = [(looked(scale, name)[0], runs[0]) for runs in long.values()]
         text = f"{KINDS[name]}: the first block changes the state much less than in single and average pooling"
         test, known = partial(first_milder, pairs=pairs), f"ratio of ratios at most {MUCH_MILDER:g}, both"
         jobs = tuple(dict.fromkeys(run for pair in pairs for run in pair))
@@ -173,7 +173,7 @@ def drops(scale: str) -> list[Claim]:
     """What is lost without one block."""
     place, found = "figure 3 (poster 4)", []
     for name in KINDS:
-        runs = of(scale, name)
+        runs = looked(scale, name)
         rows: list[tuple[str, str, str, Test]] = [
             (
                 "others",
@@ -215,7 +215,7 @@ def answers(scale: str) -> list[Claim]:
     """What the network would answer after each block of the last section."""
     place, found = "figure 5 (poster 6)", []
     for name in KINDS:
-        runs = of(scale, name)
+        runs = looked(scale, name)
         for label, text, known, test in (
             ("rises", "rises with the block", f"rank correlation at least {MONOTONE:g}", answers_rise),
             ("gradual", "rises gradually", f"no block brings more than {GRADUAL:.0%} of the gain", answers_gradual),
@@ -229,7 +229,7 @@ def answers(scale: str) -> list[Claim]:
 
 def borderline(scale: str) -> list[Claim]:
     """What the last five blocks of the original network do to whom."""
-    runs = of(scale, "110")
+    runs = looked(scale, "110")
     rows = (
         ("corrected", "borderline test images are corrected", "accuracy rises", borderline_corrected),
         ("correct", "the loss of test images that are right rises", "loss rises", correct_worsen),
@@ -253,7 +253,7 @@ def borderline(scale: str) -> list[Claim]:
 
 def unrolling(scale: str) -> list[Claim]:
     """The last block of the original network run 20 more times."""
-    runs, jobs = of(scale, "110"), runs_in(of(scale, "110"))
+    runs, jobs = looked(scale, "110"), runs_in(looked(scale, "110"))
     numbers = jobs if SCALES[scale].table else ()
     rows: tuple[tuple[str, str, str, Test, tuple[Run, ...]], ...] = (
         ("train", "with scaling the training loss falls", "below 0", partial(unrolled_falls, runs=runs), jobs),

@@ -26,6 +26,7 @@ from residuum.experiments.p1_runs import (
     errors,
     growths,
     last_of,
+    looked,
     of,
     runs_in,
     shuffled_of,
@@ -49,7 +50,7 @@ WORDS = {"accuracy": "accuracy, %", "loss": "cross-entropy, nats", "entropy": "e
 
 def figures(scale: str) -> tuple[Figure, ...]:
     """The figures of the study, in the poster's order."""
-    kinds = {name: of(scale, name) for name in KINDS}
+    kinds = {name: looked(scale, name) for name in KINDS}
     shuffled = {name: shuffled_of(scale, name) for name in KINDS}
     networks = runs_in(*kinds.values())
     shared = {name: of(scale, name) for name in ("naive", "38", "110", "ubn")}

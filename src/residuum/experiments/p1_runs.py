@@ -78,7 +78,7 @@ class Scale:
         batch: Images of a step.
         augment: Of training images.
         seeds: Of networks that are compared with each other.
-        once: Of the other networks of the figures.
+        looked: Seeds of ResNet-110 that are looked at block by block; of the other networks of the figures the first.
         memorised: Training images with shuffled labels, and epochs over them.
         measured: Images of either split that are measured.
         table: Whether Table 1 can be compared by its numbers.
@@ -95,7 +95,7 @@ class Scale:
     batch: int
     augment: str
     seeds: tuple[int, ...]
-    once: tuple[int, ...]
+    looked: tuple[int, ...]
     memorised: tuple[int, int]
     measured: int | None
     table: bool
@@ -117,7 +117,7 @@ SCALES = {
         batch=20,
         augment="none",
         seeds=(0, 1),
-        once=(0,),
+        looked=(0,),
         memorised=(40, 1),
         measured=40,
         table=False,
@@ -135,7 +135,7 @@ SCALES = {
         batch=32,
         augment="crop_flip",
         seeds=(0, 1, 2),
-        once=(0,),
+        looked=(0,),
         memorised=(1000, 40),  # as many steps
         measured=500,
         table=False,
@@ -158,7 +158,7 @@ SCALES = {
         batch=128,
         augment="crop_flip",
         seeds=(0, 1, 2, 3),
-        once=(0,),
+        looked=(0, 1, 2, 3),
         memorised=(5000, 300),
         measured=None,
         table=True,
@@ -221,10 +221,9 @@ def run_of(scale: str, name: str, seed: int, *, data: str = "cifar10", shuffled:
     model, read = network(scale, name, **shape), replace(given, train=images, shuffled=shuffled)
     if shuffled:
         return Run(model, read, training, ("perturbation", "gradients"), at.measured, seed)
-    probes = WHOLE if name in KINDS else SIZED
-    if name == "110":
-        probes = (*WHOLE, "unrolled_last")
-    watched = ("readout",) if name in KINDS else ()
+    whole = name in KINDS and seed in at.looked
+    probes = (*WHOLE, *(("unrolled_last",) if name == "110" else ())) if whole else SIZED
+    watched = ("readout",) if whole else ()
     if name in ("110", *SHARED, "38"):
         watched = (*watched, "gradient_ratio", *(("recalibration",) if name in SHARED or name == "38" else ()))
     return Run(model, read, training, probes, at.measured, seed, probe_train=True, watch=watched)
@@ -239,8 +238,13 @@ def of(scale: str, name: str, *, data: str = "cifar10") -> Seeds:
     number = {"ubn146": "146", "ubn182": "182"}.get(name, name)
     if data not in at.data or (number.isdecimal() and number not in at.blocks):
         return {}
-    seeds = at.once if name in KINDS and name != "110" else at.seeds
+    seeds = at.looked[:1] if name in KINDS and name != "110" else at.seeds
     return {seed: run_of(scale, name, seed, data=data) for seed in seeds}
+
+
+def looked(scale: str, name: str) -> Seeds:
+    """The networks of the figures that are looked at block by block."""
+    return {seed: run for seed, run in of(scale, name).items() if seed in SCALES[scale].looked}
 
 
 def shuffled_of(scale: str, name: str) -> Run:
@@ -254,15 +258,15 @@ def runs_in(*tables: Seeds) -> tuple[Run, ...]:
 
 
 def by_worth(scale: str) -> tuple[Run, ...]:
-    """All runs, those first that answer most: one seed of what the figures show, then more seeds."""
-    first = ("110", "single", "naive", "38", "ubn", "avgpool", "wide")
-    tables = [of(scale, name) for name in (*first, *ABLATED, "56")]
+    """All runs, those first that answer most: one seed of what the figures show, then more seeds and controls."""
+    core = ("110", "naive", "38", "ubn")
+    again, rest = SCALES[scale].seeds[1:], (*ABLATED, "56")
     parts = [
-        [table[0] for table in tables[: len(first)]],
+        [of(scale, name)[0] for name in (*KINDS, *core[1:])],
         [shuffled_of(scale, name) for name in ("110", "single")],
-        [table[0] for table in tables[len(first) :]],
-        [table[seed] for seed in SCALES[scale].seeds[1:] for table in tables if seed in table],
+        [of(scale, name)[seed] for seed in again for name in core],
         [shuffled_of(scale, name) for name in ("avgpool", "wide")],
+        [of(scale, name)[seed] for seed in SCALES[scale].seeds for name in rest],
         *(of(scale, name, data=data).values() for data in SETS for name in TABLE),
     ]
     return tuple({run.key: run for part in parts for run in part}.values())
