@@ -45,7 +45,8 @@ def read(folder: Path, name: str) -> dict[str, object]:
 def test_help_imports_no_torch_and_lists_the_commands() -> None:
     code = "import sys, residuum.cli\ntry: residuum.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.findall(r"• (\w+)", done.stdout) == ["demo", "train", "probe", "report", "fold", "stability", "data"]
+    commands = ["demo", "train", "probe", "report", "sweep", "runs", "reproduce", "fold", "stability", "data"]
+    assert re.findall(r"• (\w+)", done.stdout) == commands
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "probe"])

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from residuum import drawing
 from residuum.claims import Judged, Study, judge
 from residuum.experiments import PAPERS, SCALES, study
+from residuum.experiments.costs import network_minutes
 from residuum.experiments.p2_runs import (
     CROSSING,
     PREDICTED,
@@ -156,6 +158,16 @@ def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
             assert drawn.get_suptitle(), figure.id
             for axes in drawn.axes:
                 assert axes.get_xlabel(), figure.id
+
+
+def test_costs_grow_with_what_is_done() -> None:
+    run = run_of("small", "mnist", 8, 0)
+    once = network_minutes(run)
+    twice = network_minutes(replace(run, training=replace(run.training, epochs=2 * run.training.epochs)))
+    deep = network_minutes(run_of("small", "mnist", 16, 0))
+    assert 1.9 * once < twice < 2 * once  # it is measured once
+    assert deep == pytest.approx(2 * once)
+    assert network_minutes(run_of("small", "cifar10", 8, 0)) > once
 
 
 def test_unknown_papers_and_scales_are_refused() -> None:

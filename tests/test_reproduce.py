@@ -122,6 +122,16 @@ def test_a_report_has_figures_pages_and_all_claims(tmp_path: Path) -> None:
     assert summary(judged, choice.parts) == ["p2: 1 pass, 1 not run"]
 
 
+def test_a_page_of_all_figures_is_not_replaced_by_one_of_a_few(tmp_path: Path) -> None:
+    choice, results = small_choice(tmp_path)
+    report(choice, results, tmp_path / "out")
+    whole = (tmp_path / "out" / "tiny" / "p2.html").read_bytes()
+    (tmp_path / "out" / "tiny" / "p2" / "p2-1.png").unlink()
+    report(replace(choice, parts=choice.parts[:1]), results, tmp_path / "out")
+    assert (tmp_path / "out" / "tiny" / "p2.html").read_bytes() == whole
+    assert (tmp_path / "out" / "tiny" / "p2" / "p2-1.png").exists()
+
+
 def test_text_of_claims_is_escaped(tmp_path: Path) -> None:
     choice, results = small_choice(tmp_path, text="<script>alert(1)</script>")
     report(choice, results, tmp_path / "out")

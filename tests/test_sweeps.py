@@ -332,7 +332,7 @@ def test_how_a_worker_can_end(program: str, kind: str, message: str, tmp_path: P
 
 def test_a_worker_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "GRACE", 0.3)
-    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); input(); say(); time.sleep(99)"
+    program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); input(); say(); time.sleep(9999)"
     worker = _worker(tmp_path, program, 0.01)
     worker.order(tmp_path / "a")
     assert _until_end(worker)[1].kind == "time limit"

@@ -163,9 +163,9 @@ def _short(text: str) -> str:
 def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] = ()) -> dict[str, list[Judged]]:
     """Draw the figures that were asked for, judge every claim, and write OUT/<scale>/.
 
-    Of each paper there is a page p2.html and its figures in p2/; claims.json, claims.md and claims.html hold all claims
-    of all papers. Each file appears complete or not at all, claims.json last: a report that was interrupted is
-    written again by the same command with --check.
+    Figures are in p2/, for paper p2; p2.html shows all of a paper, if all were asked for. claims.json, claims.md and
+    claims.html hold all claims of all papers. Each file appears complete or not at all, claims.json last: a report that
+    was interrupted is written again by the same command with --check.
 
     Args:
         choice: What was asked for.
@@ -184,8 +184,8 @@ def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] 
     versions = _versions(results)
     for study in choice.studies:
         asked = [figure for figure in study.figures if figure in choice.parts]
-        if asked:
-            figures = [_drawn(figure, results, folder / study.paper) for figure in asked]
+        figures = [_drawn(figure, results, folder / study.paper) for figure in asked]
+        if len(asked) == len(study.figures):
             heading = f"{study.paper.upper()}: {study.title}"
             about = [f"Scale {study.scale}: {study.about}", *notes, *versions]
             text = page(heading, about, figures, [("Claims of this paper", judged[study.paper])])

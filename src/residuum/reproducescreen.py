@@ -50,8 +50,9 @@ def reproduce(flags: Reproduce, command: str) -> None:
     folder = flags.out.resolve() / flags.scale
     screen.print(f"verdicts: {folder / 'claims.md'}")
     for study in choice.studies:
-        if any(figure in choice.parts for figure in study.figures):
-            screen.print(f"figures: {folder / study.paper}.html")
+        asked = sum(figure in choice.parts for figure in study.figures)
+        if asked:
+            screen.print(f"figures: {folder / study.paper}{'.html' if asked == len(study.figures) else ''}")
     if problem:
         raise ValueError(problem)
 

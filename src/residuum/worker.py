@@ -44,10 +44,15 @@ def main() -> int:
     keep_freed_memory()
     orders: queue.Queue[Path | None] = queue.Queue()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+
+    def say(said: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # nobody listens any more: `_listen` stops us, with a checkpoint
+            print(json.dumps(said), file=answers)
+
     try:
         while (folder := orders.get()) is not None:
-            print(json.dumps(carry_out(folder, lambda said: print(json.dumps(said), file=answers))), file=answers)
-    except (KeyboardInterrupt, BrokenPipeError):
+            say(carry_out(folder, say))
+    except KeyboardInterrupt:
         return STOPPED
     return 0
 

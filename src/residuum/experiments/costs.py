@@ -5,7 +5,7 @@ import math
 from residuum.probing import CHANGES
 from residuum.runs import Job, Run
 
-# Measured with benchmarks/training.py's step on one core of an AMD EPYC (Zen 4), torch 2.13, batches of 32 to 128,
+# Measured with benchmarks/costs.py on one core of an AMD EPYC (Zen 4), torch 2.13, batches of 32 to 128,
 # widths 4 to 64 at 28x28 and 32x32: milliseconds of forward and backward per image, block and pixel are A + B width^2.
 # Predictions are within a factor of two of what was measured there; other machines differ by another factor.
 A, B = 1.5e-4, 1.15e-6

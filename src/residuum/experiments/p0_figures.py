@@ -12,8 +12,10 @@ from residuum.effects import Effect, paired
 from residuum.experiments.p0_runs import (
     BETWEEN,
     COUPLED,
+    ENDS,
     FREE,
     INDICES,
+    LIMITED,
     SCALES,
     SETS,
     Cell,
@@ -21,11 +23,9 @@ from residuum.experiments.p0_runs import (
     accuracies,
     cells_of,
     done,
-    ends_of,
     errors_by_blocks,
     guess_error,
     index_of,
-    limited,
     of_cell,
     runs_in,
     shuffled_of,
@@ -43,7 +43,7 @@ STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1,
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
-CONVOLUTIONS = (5, "limit 1, convolutions")
+CLIPPED = (5, "limit 1, norms clipped")
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
 
 
@@ -51,7 +51,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
     """The figures of the study."""
     at = SCALES[scale]
     tables = {data: {cell: of_cell(scale, data, cell) for cell in cells_of(scale, data)} for data in SETS}
-    ends = {data: {cell: runs for cell, runs in tables[data].items() if cell in ends_of(data)} for data in SETS}
+    ends = {data: {cell: runs for cell, runs in tables[data].items() if cell in ENDS} for data in SETS}
     swept = {data: tables[data] for data in at.strengths}
     sizes = {
         data: {
@@ -69,7 +69,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
         (
             "effects",
             "What strength 1 changes against strength 0 in networks of the same seed, by data set, without and with a "
-            "limit of 1 (Digitclutter: of convolutions only). Bars: 95 % over seeds. Undefined indices are left out.",
+            "limit of 1 (on convolutions). Bars: 95 % over seeds. Undefined indices are left out.",
             _all(ends),
             partial(_effects, tables=ends),
         ),
@@ -168,7 +168,7 @@ def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     for quantity in quantities:
         for bounded in (False, True):
             by_data = {
-                data: _change(results, table, limited(data) if bounded else (FREE, COUPLED), quantity)
+                data: _change(results, table, LIMITED if bounded else (FREE, COUPLED), quantity)
                 for data, table in having.items()
             }
             found[quantity, bounded] = {data: effect for data, effect in by_data.items() if effect}
@@ -223,7 +223,7 @@ def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     if not having:
         return None
     shown = [(data, (FREE, COUPLED)) for data in having]
-    shown += [(data, limited(data)) for data, table in having.items() if any(cell in table for cell in limited(data))]
+    shown += [(data, LIMITED) for data, table in having.items() if any(cell in table for cell in LIMITED)]
     figure, axes = _grid(len(shown))
     for ax, (data, cells) in zip(axes, shown, strict=True):
         for number, cell in enumerate(cells):
@@ -259,20 +259,18 @@ def _strength(cell: Cell) -> float:
     return float(STRENGTHS.index(cell.coupled))
 
 
-def _lines(table: Table, data: str) -> dict[tuple[int, str], dict[Cell, Seeds]]:
+def _lines(table: Table) -> dict[tuple[int, str], dict[Cell, Seeds]]:
     """The networks of each line, along strengths, by the line's style and name."""
-    clipped = limited(data)[0].clipped
     found: dict[tuple[int, str], dict[Cell, Seeds]] = {}
     for cell in sorted(table, key=_strength):
-        usual = cell.bound is None or cell.couple == "all" or cell.clipped == clipped
-        name = (6, "group norm") if cell.norm == "group" else LIMITS[cell.bound] if usual else CONVOLUTIONS
+        name = (6, "group norm") if cell.norm == "group" else CLIPPED if cell.clipped else LIMITS[cell.bound]
         found.setdefault(name, {})[cell] = table[cell]
     return dict(sorted(found.items()))
 
 
-def _along(ax: "Axes", results: Results, table: Table, data: str, quantity: str) -> None:
+def _along(ax: "Axes", results: Results, table: Table, quantity: str) -> None:
     """One quantity against the strength, one line for each limit."""
-    for (number, name), cells in _lines(table, data).items():
+    for (number, name), cells in _lines(table).items():
         points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
         _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
         for point in points:  # other kinds of coupling are no part of the line
@@ -290,7 +288,7 @@ def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     for row, (data, table) in enumerate(having.items()):
         for column, index in enumerate(INDICES):
             ax = axes[3 * row + column]
-            _along(ax, results, table, data, index)
+            _along(ax, results, table, index)
             ax.set(title=f"{SETS[data]}, {index}", ylabel=f"{index} index ({GOOD[index]})", ylim=(-0.03, 1.03))
     _common_legend(figure)
     said = [_ends(results, table, "recurrence", SETS[data]) for data, table in having.items()]
@@ -315,7 +313,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
         return None
     figure, axes = _grid(len(having))
     for ax, (data, table) in zip(axes, having.items(), strict=True):
-        _along(ax, results, table, data, "accuracy")
+        _along(ax, results, table, "accuracy")
         ax.set(title=SETS[data], ylabel="test accuracy, %")
     _common_legend(figure)
     changes = [
@@ -341,7 +339,7 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
     figure, axes = panels("", 1, len(having), width=5.2, height=4.2)
     gains = []
     for ax, (data, sizes) in zip(axes, having.items(), strict=True):
-        for number, cell in enumerate(ends_of(data)):
+        for number, cell in enumerate(ENDS):
             points = [
                 (float(n), list(_values(results, t[cell], "accuracy").values())) for n, t in sizes.items() if cell in t
             ]
@@ -368,7 +366,7 @@ def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     figure, axes = panels("", 1, 4, height=4.0)
     quantities = ("accuracy", *INDICES)
     for ax, quantity in zip(axes, quantities, strict=True):
-        for number, cell in enumerate(ends_of("clutter3")):
+        for number, cell in enumerate(ENDS):
             name = f"strength {cell.coupled}{', limit 1' if cell.bound else ''}"
             values = {d: list(_values(results, table.get(cell, {}), quantity).values()) for d, table in having.items()}
             points = [(float(data[-1]), values[data]) for data in sorted(having) if data != "debris"]

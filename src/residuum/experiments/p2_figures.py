@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from residuum.claims import Figure, Results
-from residuum.drawing import depth_axis, line, panels, shade
+from residuum.drawing import COLOURS, depth_axis, line, panels, shade
 from residuum.experiments.p2_runs import (
     CROSSING,
     EPS,
@@ -270,7 +270,7 @@ def _rule(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
             line(ax, [predicted], [observed], label=label, number=number)
             note = f" {section + 1}" if there else f" {section + 1} \u2191"
             ax.annotate(note, (predicted, observed), xytext=(4, 3), textcoords="offset points")
-        ours = {"marker": "*", "linestyle": "none", "markersize": 9, "color": "0.35", "alpha": 0.9 - 0.4 * number}
+        ours = {"marker": "*", "linestyle": "none", "markersize": 10, "color": COLOURS[number]}
         ax.plot(PREDICTED[data][:3], CROSSING[data][:3], label=f"{SETS[data]}, the paper", **ours)
     high = 1.1 * max(*ax.get_xlim(), *ax.get_ylim())
     ax.plot([0, high], [0, high], color="0.6", linewidth=1, label="equal")

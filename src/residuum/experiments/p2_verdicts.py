@@ -24,7 +24,9 @@ DOUBLING = (0.75, 1.25)  # slope of "about doubles when L doubles": by 1.7 to 2.
 LESS_THAN_HALF = 0.585  # slope of "grows by less than half per doubling": log2 1.5
 FLAT = (-0.15, 0.15)  # slope of "no growth": 5 % between L = 70 and 100, about what two seeds differ by
 LIKE_ONE_OVER_L = (-1.2, -0.8)
-FOURFOLD = 0.5  # trained / untrained in section 1; the paper's is 0.24, so half is a clear difference that it exceeds
+# Trained / untrained in section 1: 0.24 where the paper's distance stands and theory's at L = 100, so half is a clear
+# difference; shallow networks are asked for a difference only.
+FOURFOLD = 0.5
 SAME = (0.9, 1.1)  # "equal" scaled distances: 11.77 and 11.81
 PUBLISHED = {"mnist": 0.01, "cifar10": 0.0875}  # 1 % for plain networks; ResNet-20 of He et al. 2016, from L = 4 on
 NO_RISE = 0.01  # "stays at the level": one point
@@ -177,13 +179,13 @@ def as_theory(results: Results, *, sweep: Sweep, depth: int) -> Obtained:
     return every(parts)
 
 
-def shorter(results: Results, *, sweep: Sweep, depth: int) -> Obtained:
+def shorter(results: Results, *, sweep: Sweep, depth: int, bound: float) -> Obtained:
     """Scaled distance of section 1, trained by untrained, of the same seeds."""
     ratios = []
     for runs in sweep.values():
         both = [curve(results, runs, "scaled_distance", 0, network=n)[depth] for n in ("measured", "initial")]
         ratios.append(both[0] / both[1])
-    return at_most(mean_over(ratios), FOURFOLD)
+    return below(mean_over(ratios), bound)
 
 
 def faster(results: Results, *, sweep: Sweep, section: int, low: int) -> Obtained:
