@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import oracles
 from residuum.models import ResNet, ResNetConfig
-from residuum.probes import passive, perturbation, readouts
-from residuum.probes.borderline import groups, margins, unrolled
+from residuum.probes import SCALES, passive, perturbation, readouts, state_norm
+from residuum.probes.borderline import groups, margins, unrolled, unrolled_last
 from residuum.probes.gradient import gradients
 from residuum.profiles import Point, Profile, profile
 from residuum.streams import Block, Section, Stream
@@ -160,3 +160,15 @@ def test_bad_requests_are_refused(whole: Profile) -> None:
         groups(whole, margin_kind="double")
     with pytest.raises(ValueError, match="times is 0"):
         unrolled(readouts, times=0)
+
+
+def test_a_grid_of_scales_is_each_scale_by_itself(data: tuple[ResNet, Tensor, Tensor]) -> None:
+    model, x, labels = data
+    found = profile(model, [(x, labels)], [unrolled_last])
+    probes = (readouts, passive(perturbation, state_norm), gradients(grad="plugin"))
+    for scale in SCALES:
+        alone = profile(model, [(x, labels)], [unrolled(probe, scale=scale) for probe in probes])
+        for name, measure in alone.measures.items():
+            assert name.startswith(f"unrolled_{scale:g}_")
+            assert torch.equal(found.measures[name].values.nan_to_num(), measure.values.nan_to_num())
+    assert len(found.measures["unrolled_0.2_loss"].points) == 21

@@ -15,10 +15,11 @@ from torch.nn.utils import parametrizations, parametrize
 import oracles_spectra as oracles
 from residuum.cutting import cut
 from residuum.data import Splits, load_splits
-from residuum.layers.lipschitz import Limit, clip_, export, limit_, limits
+from residuum.layers.lipschitz import Limit, _make_plain_, clip_, export, limit_, limits
 from residuum.layers.sharing import NAIVE, Sharing
 from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
+from residuum.nulls import calibrate_
 from residuum.results import write_run
 from residuum.spectra import chain_bound
 from residuum.training import TrainConfig, train
@@ -236,13 +237,33 @@ def test_clipped_batch_norm_is_an_affine_map_within_its_bound() -> None:
     clip_(norm, 1.0)
     x = torch.zeros(1, 3, 2, 2)
     slope = (norm(x + 1) - norm(x))[0, :, 0, 0]
-    assert torch.allclose(slope, torch.tensor([0.25, 1.0, 0.5]), atol=1e-4)
+    assert torch.allclose(slope, torch.tensor([0.5, 1.0, 1.0]), atol=1e-4)  # 0.5, 2 and 1 unclipped
     copied = copy.deepcopy(norm)
     copied.running_var.fill_(100.0)
     assert torch.equal(norm(x), norm(x))
     assert (copied(x + 1) - copied(x))[0, 0, 0, 0].item() == pytest.approx(0.1, rel=1e-4)  # its own variance
     before = norm(x + 1)
     assert torch.allclose(export(nn.Sequential(norm).eval())(x + 1), before)
+
+
+def test_statistics_of_clipped_networks_fit_the_scales_that_they_clip() -> None:
+    """With all weights as they work written down, statistics taken anew in one pass are the same."""
+    model, some = limited(), [(0.3 * torch.randn(20, 3, 5, 5), None) for _ in range(3)]
+    calibrate_(model, some)
+    plain = copy.deepcopy(model.eval())
+    for module in plain.modules():
+        if parametrize.is_parametrized(module):
+            _make_plain_(module)
+    norms = [[m for m in network.modules() if isinstance(m, nn.BatchNorm2d)] for network in (model, plain)]
+    before = [norm.running_var.clone() for norm in norms[1]]
+    assert all(norm.running_var.max() < 1 for norm in norms[0]), "else nothing would be clipped"
+    calibrate_(plain, some)
+    for ours, theirs, old in zip(*norms, before, strict=True):
+        assert torch.equal(ours.running_var, old)
+        assert torch.allclose(theirs.running_var, old, rtol=1e-3)
+    twice = copy.deepcopy(model)
+    calibrate_(twice, some)
+    assert torch.allclose(twice(some[0][0]), model(some[0][0]), rtol=1e-3, atol=1e-4)
 
 
 def test_limited_networks_can_be_cut_and_still_be_trained() -> None:

@@ -26,6 +26,7 @@ from residuum.layers.sharing import NAIVE, UBN, Sharing
 from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import RK4, PartitionedTableau, Tableau
 from residuum.linear import GMRES, BiCGStab, Neumann
+from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.penalties import Penalty
@@ -324,6 +325,7 @@ def contains(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_defaults_of_a_run_stay_what_they_are() -> None:
     data = {"train": None, "test": None, "shuffled": False, "clutter": None, "clutter_sizes": [100_000, 10_000]}
     run = {"data": data | {"sha256": ""}, "probes": [], "probe_limit": 1000, "seed": 0}
+    run |= {"probe_train": False, "watch": []}
     contains(described(Run(ResNetConfig(), DataConfig("mnist"))), run | {"training": {"kind": "TrainConfig"}})
     assert set(runs._KINDS) == DEFAULTS.keys() | NEED_ALL, "every kind of settings is pinned"
 
@@ -355,6 +357,8 @@ def test_a_field_that_is_added_with_a_default_changes_no_key() -> None:
         (lambda: DataConfig("mnist", clutter_sizes=(5, 5)), "clutter_sizes is for 'digitclutter'"),
         (lambda: DataConfig("mnist", train=0), "must be at least 1"),
         (lambda: replace(TINY, training=TrainConfig(seed=1)), "training.seed is 1; leave it 0"),
+        (lambda: replace(TINY, watch=("readouts",)), "unknown thing to watch .readouts.; did you mean .readout."),
+        (lambda: replace(TINY, probes=(), probe_train=True), "probe_train measures training images, too; give probes"),
         (lambda: replace(TINY, seed=-1), r"seed \(-1\) must be 0 or more"),
         (lambda: replace(TINY, probe_limit=0), r"probe_limit \(0\) at least 1"),
         (lambda: replace(TINY, probes=("all",)), "give their names"),
@@ -434,6 +438,26 @@ def test_labels_are_shuffled_with_the_seed_of_the_run(tmp_path: Path) -> None:
         found.profile()
     with pytest.raises(ValueError, match=r"has no values.json"):
         _ = found.values
+
+
+def test_what_is_watched_and_measured_besides_changes_nothing_else(tmp_path: Path) -> None:
+    plain = execute(TINY, tmp_path)
+    run = replace(TINY, watch=tuple(runs.WATCHED), probe_train=True)
+    found = execute(run, tmp_path)
+    assert run.key != TINY.key
+    added = {"curves", "watched", "train_gradient_ratio", "test_gradient_ratio"}
+    added |= {"recalibrated_test_loss", "recalibrated_test_accuracy"}
+    for ours, theirs in zip(found.history, plain.history, strict=True):
+        assert ours.keys() - theirs.keys() == added
+        assert all(ours[name] == theirs[name] for name in theirs.keys() - {"seconds"})
+    assert found.indices == plain.indices
+    data = run.data.load(seed=run.seed, root=None, made=tmp_path)
+    model = load_model(str(found.folder)).model.eval()
+    given = batches(data.train.take(run.probe_limit, seed=0), batch=64, dtype=torch.float32)
+    by_hand = profile(model, given, [readouts])
+    assert torch.equal(found.profile("train").measures["loss"].values, by_hand.measures["loss"].values)
+    with pytest.raises(ValueError, match=r"has no train.safetensors"):
+        plain.profile("train")
 
 
 def test_made_data_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

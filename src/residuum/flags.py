@@ -147,8 +147,8 @@ class Probe:
         weights: pretrained, random, or FILE.safetensors.
         split: Images to measure.
         probes: What to measure: perturbation, state_norm, update_angle, pairs, readouts; also gradients,
-            plugin_gradients, margins, drops, drops_first, drops_last, repeats, swaps, replacements, shuffles,
-            extra_runs (as unrolls, for the divergence index only), unrolls, lipschitz, settling; or all.
+            plugin_gradients, margins, unrolled_last, drops, drops_first, drops_last, repeats, swaps, replacements,
+            shuffles, extra_runs (as unrolls, for the divergence index only), unrolls, lipschitz, settling; or all.
         blocks: Names of the block modules, where the search finds the wrong ones; * stands for one part of a name.
         size: Rows and columns that images are resized to, if not the network's own.
         normalise: Whose mean and deviation standardise the images; a network without its own takes the data's.

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from residuum.calls import call_model, cuda_devices
+from residuum.layers.held import held
 from residuum.layers.sharing import BATCH_NORMS, unshare_statistics
 
 
@@ -22,7 +24,9 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
     """Set batch-norm statistics to those of the data, by one pass with cumulative averaging.
 
     Every batch norm in turn sees batches normalised by themselves, and keeps the mean of their statistics. Only batch
-    norms run in training mode (dropout stays off); parameters, modes and momenta are as before.
+    norms run in training mode (dropout stays off); parameters, modes and momenta are as before. Scales that are clipped
+    by the running variance (`clip_`) stay as they are during a pass, and passes are repeated until they no longer
+    change: at most one for each batch norm, because its statistics depend on those before it only.
 
     Args:
         model: The network, modified.
@@ -41,16 +45,30 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
     if not norms:
         return 0
+    clipped = any(parametrize.is_parametrized(module) for module in norms)
+    given = list(batches) if clipped else batches
+    for _ in norms if clipped else (None,):
+        before = [module.running_var.clone() for module in norms]
+        used = _pass(model, norms, given)
+        if not used:
+            raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
+        if all(torch.allclose(m.running_var, var, rtol=1e-4, atol=0) for m, var in zip(norms, before, strict=True)):
+            break
+    return used
+
+
+def _pass(model: nn.Module, norms: Sequence[nn.Module], batches: Iterable[tuple[Any, Tensor | None]]) -> int:
+    """One pass over the data, with statistics that begin anew; the number of batches."""
     modes = {module: module.training for module in model.modules()}
     momenta = {module: module.momentum for module in norms}
     used = 0
     try:
         model.eval()
-        for module in norms:
-            module.reset_running_stats()
-            module.train()
-            module.momentum = None
-        with torch.no_grad():
+        with torch.no_grad(), held(model):
+            for module in norms:
+                module.reset_running_stats()
+                module.train()
+                module.momentum = None
             for x, _ in batches:
                 call_model(model, x)
                 used += 1
@@ -59,8 +77,6 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
             module.training = mode
         for module, momentum in momenta.items():
             module.momentum = momentum
-    if not used:
-        raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
     return used
 
 

@@ -35,6 +35,7 @@ from residuum.probes import (
     shuffles,
     state_norm,
     swaps,
+    unrolled_last,
     unrolls,
     update_angle,
 )
@@ -46,7 +47,12 @@ CALIBRATION, CALIBRATION_BATCH = 1000, 100  # training images that set batch-nor
 # What `--probes` names. The passive ones share one walk, the interventions one prefix tree.
 PASSIVE = {"perturbation": perturbation, "state_norm": state_norm, "update_angle": update_angle}
 OTHERS = {"pairs": pairs, "readouts": readouts, "lipschitz": lipschitz, "settling": settling}
-LABELLED = {"gradients": gradients(), "plugin_gradients": gradients(grad="plugin"), "margins": margins}
+LABELLED = {
+    "gradients": gradients(),
+    "plugin_gradients": gradients(grad="plugin"),
+    "margins": margins,
+    "unrolled_last": unrolled_last,
+}
 CHANGES = {
     "drops": drops,
     "drops_first": drops_first,

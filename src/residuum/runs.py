@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from residuum import __version__, runfolders
 from residuum.checkpoints import CheckpointError
+from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, load_splits, write_digitclutter
 from residuum.data.images import NAMES
 from residuum.descriptions import described, key_of, rebuilt
@@ -27,13 +29,20 @@ from residuum.probing import probe as probe_network
 from residuum.profiles import Profile, load
 from residuum.progress import Bar, quiet
 from residuum.rates import Cosine, Steps
-from residuum.results import write_findings, write_provenance, write_run
+from residuum.results import write_findings, write_profile, write_provenance, write_run
 from residuum.runfolders import CHECKPOINT, FORMAT, locked, log
 from residuum.training import Row, TrainConfig, train
+from residuum.watching import AfterEpoch, gradient_ratios, recalibration
 from residuum.zoos import Reads
 
 _MADE = "digitclutter"  # the data set that is made, not read
 _FILE = "FILE.npz"  # stands for the place of a file in what a key is made of
+# What a run can follow over its epochs. How many images each looks at is part of what its name means.
+WATCHED: dict[str, Callable[[Splits], AfterEpoch]] = {
+    "readout": lambda data: watch(data.test, preparation=data.train.preparation),
+    "gradient_ratio": lambda data: gradient_ratios(data, images=200),
+    "recalibration": recalibration,
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,8 @@ class Run:
         training: How it is trained; its seed stays 0, that of the run counts.
         probes: Names of what is measured on test images, see `residuum.probing.NAMES`; none: it is trained only.
         probe_limit: At most so many test images are measured, always the same; None: all.
+        probe_train: Measure as many training images, too, after training: "train" beside "profile".
+        watch: What is followed over the epochs and written to the history, see `WATCHED`.
         seed: Seed of the weights, of the order of the images and of the draws from them.
     """
 
@@ -183,6 +194,8 @@ class Run:
     probes: tuple[str, ...] = ()
     probe_limit: int | None = 1000
     seed: int = 0
+    probe_train: bool = False
+    watch: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "network"
 
@@ -195,6 +208,11 @@ class Run:
             raise ValueError("probes 'all' is not for runs, since there may be more of them later; give their names")
         if self.probes:
             choose(self.probes)
+        elif self.probe_train:
+            raise ValueError("probe_train measures training images, too; give probes")
+        for name in self.watch:
+            if name not in WATCHED:
+                raise unknown("thing to watch", name, WATCHED)
         try:
             hash(self)
         except TypeError as error:
@@ -257,6 +275,10 @@ class Run:
                 asked = ProbeConfig(self.probes, batch=settings.batch, device=settings.device, seed=self.seed)
                 findings = probe_network(loaded, measured, asked, bar=progress)
                 write_findings(folder, findings)
+                if self.probe_train:
+                    seen = data._replace(test=data.train.take(self.probe_limit, seed=0))
+                    once = replace(asked, initial=False)
+                    write_profile(folder, "train", probe_network(loaded, seen, once, bar=progress).profile)
                 for note in findings.notes:
                     log(folder, note)
         blocks = "-".join(map(str, self.model.blocks))
@@ -270,14 +292,18 @@ class Run:
         self, data: Splits, config: TrainConfig, folder: Path, settings: Settings, progress: Bar
     ) -> tuple[ResNet, list[Row]]:
         """The trained network; from its checkpoint if that ends with the same bits, else from the beginning."""
-        checkpoint = folder / CHECKPOINT
+        checkpoint, looks = folder / CHECKPOINT, [WATCHED[name](data) for name in self.watch]
+
+        def look(model: nn.Module) -> Row:
+            return {name: value for each in looks for name, value in each(model).items()}
+
         while True:
             model = ResNet(self.model, seed=self.seed).to(settings.device)
             if checkpoint.exists():
                 log(folder, "goes on from its checkpoint")
             try:
                 with progress("training", config.epochs * len(data.train)) as show:
-                    return model, train(model, data, config, progress=show, checkpoint=checkpoint)
+                    return model, train(model, data, config, after_epoch=look, progress=show, checkpoint=checkpoint)
             except CheckpointError as error:
                 log(folder, f"begins anew: {error}")
                 checkpoint.unlink()
@@ -320,6 +346,8 @@ class Finished:
 
     def profile(self, name: str = "profile") -> Profile:
         """What was measured: "profile" after training, "initial" at calibrated initialisation.
+
+        "train" holds the same as "profile" of training images, where the run asks for them.
 
         Raises:
             ValueError: If it was not measured.

@@ -5,7 +5,7 @@ from importlib import import_module
 from residuum.claims import Study
 from residuum.names import unknown
 
-PAPERS = ("p0", "p2", "p3")  # each a file of this package with study(scale)
+PAPERS = ("p0", "p1", "p2", "p3")  # each a file of this package with study(scale)
 SCALES = ("tiny", "small", "paper")
 
 

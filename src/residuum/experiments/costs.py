@@ -14,6 +14,9 @@ STEP = 5e-3  # seconds per step beside the images' own: dispatch, per 10 blocks
 COUNTS = {"digits": (1297, 500, 8), "mnist": (60_000, 10_000, 28), "fashion-mnist": (60_000, 10_000, 28)}
 USUAL = (50_000, 10_000, 32)  # CIFAR and what has no name
 PROBES = 3  # forwards of a measured image, as given and at initialisation, with the usual probes
+BESIDE = {"gradients": 3, "unrolled_last": 15}  # forwards more of a measured image with these probes
+# Images that are run through the network after every epoch by what a run watches, as forwards; and all test images.
+LOOKS = {"readout": (1000, 0), "gradient_ratio": (1200, 0), "recalibration": (1000, 1)}
 CHANGED = 0.7  # forwards beside these for each intervention and block of the network; for 3 to 5 blocks per section
 LIMITED = 1.3  # cost of a training step with Lipschitz limits
 
@@ -21,7 +24,7 @@ LIMITED = 1.3  # cost of a training step with Lipschitz limits
 def network_minutes(job: Job) -> float | None:
     """Predicted minutes of a training and its measurement on one core; None for other jobs.
 
-    Predictions for interventions on networks of many blocks, and for probes with gradients, are too low.
+    Predictions for interventions on networks of many blocks are too low.
 
     Args:
         job: The run.
@@ -39,6 +42,8 @@ def network_minutes(job: Job) -> float | None:
     factor = LIMITED if job.model.limit else 1.0
     looks = math.ceil(job.training.epochs / job.training.test_every)
     forwards = PROBES + CHANGED * sum(job.model.blocks) * len(CHANGES.keys() & set(job.probes)) if job.probes else 0.0
-    measured = 2 * forwards * min(job.probe_limit or test, test)
+    forwards += sum(BESIDE.get(name, 0) for name in job.probes)
+    measured = (2 + job.probe_train) * forwards * min(job.probe_limit or test, test)
+    watched = job.training.epochs * sum(some + every * test for some, every in (LOOKS[name] for name in job.watch))
     trained = job.training.epochs * factor * (image * train + steps)
-    return (trained + FORWARD * image * (looks * test + measured)) / 60
+    return (trained + FORWARD * image * (looks * test + watched + measured)) / 60

@@ -191,7 +191,9 @@ def _backward(u: Tensor, v: Tensor, weight: Tensor, settings: Settings, *, of_we
 class Clipped(nn.Module):
     """The scale of a batch norm, clipped so that its affine map in eval mode has a norm of at most a bound.
 
-    `gamma min(1, bound / max_c |gamma_c| / sqrt(var_c + eps))` with the running variance, also in training mode.
+    `gamma_c min(1, bound sqrt(var_c + eps) / |gamma_c|)` with the running variance, also in training mode. The norm of
+    the map is its largest factor, so only channels above the bound are made smaller. One common factor for all channels
+    would hold the same bound, but follow the least varying channel from step to step, and train far worse.
 
     Args:
         norm: The batch norm whose scale it is.
@@ -207,8 +209,8 @@ class Clipped(nn.Module):
     def forward(self, gamma: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
         """The scale within the limit."""
         (norm,) = self.of
-        largest = (gamma.detach().abs() * (norm.running_var + norm.eps).rsqrt()).max()
-        return gamma * (self.bound / largest.clamp_min(1e-12)).clamp_max(1)
+        factors = gamma.detach().abs() * (norm.running_var + norm.eps).rsqrt()
+        return gamma * (self.bound / factors.clamp_min(1e-12)).clamp_max(1)
 
 
 def clip_(norm: nn.Module, bound: float = 1.0) -> None:

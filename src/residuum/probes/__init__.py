@@ -4,7 +4,7 @@ Passive probes look at one step of one forward and share it: `passive(perturbati
 interventions share their prefixes: `interventions(drops, swaps)`. The others get a stream and its target.
 """
 
-from residuum.probes.borderline import groups, margins, unrolled
+from residuum.probes.borderline import groups, margins, unrolled, unrolled_last
 from residuum.probes.compare import collect, compare
 from residuum.probes.gradient import gradients, loss_changes
 from residuum.probes.intervene import (
@@ -53,6 +53,7 @@ __all__ = [
     "state_norm",
     "swaps",
     "unrolled",
+    "unrolled_last",
     "unrolls",
     "update_angle",
 ]

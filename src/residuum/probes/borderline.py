@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from residuum.probes.intervene import scaled
-from residuum.probes.passive import wide
-from residuum.probes.readout import Reader
+from residuum.probes.gradient import gradients
+from residuum.probes.intervene import SCALES, scaled
+from residuum.probes.passive import passive, perturbation, state_norm, wide
+from residuum.probes.readout import Reader, readouts
 from residuum.profiles import Measure, Point, Probe, Profile, measure
 from residuum.streams import Stream
 
@@ -126,6 +127,29 @@ def unrolled(probe: Probe, *, times: int = 20, scale: float = 1.0) -> Probe:
         return {f"unrolled_{scale:g}_{name}": values for name, values in kept.items() if values.points}
 
     return of_steps
+
+
+def unrolled_last(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
+    """The last block run 20 more times at each of `SCALES`: answers, sizes and directions of these steps.
+
+    What `unrolled` gives for `readouts`, `perturbation` and `state_norm`, and `gradients(grad="plugin")`. For sections
+    before the last see `unrolls`.
+
+    Args:
+        stream: The stream of one batch.
+        target: The labels.
+
+    Raises:
+        ValueError: If there are no labels, or they do not fit.
+
+    Source: P1 (Jastrzebski et al. 2018), section 4.4 and figure 7; the grid of scales is ours.
+    """
+    probes = (readouts, passive(perturbation, state_norm), gradients(grad="plugin"))
+    found: dict[str, Measure] = {}
+    for scale in SCALES:
+        for probe in probes:
+            found |= unrolled(probe, scale=scale)(stream, target)
+    return found
 
 
 def _from(values: Measure, section: int, index: int) -> Measure:

@@ -1,0 +1,314 @@
+"""P1: Jastrzebski et al. 2018, Residual Connections Encourage Iterative Inference (arXiv 1710.04773)."""
+
+from functools import partial
+
+from residuum.claims import Claim, Study
+from residuum.experiments.costs import network_minutes
+from residuum.experiments.p1_claims import (
+    CALIBRATED,
+    MODE,
+    NEEDS_TABLE,
+    OURS,
+    Test,
+    answers,
+    borderline,
+    claim,
+    cosines,
+    drops,
+    ratios,
+    unrolling,
+)
+from residuum.experiments.p1_figures import figures
+from residuum.experiments.p1_runs import (
+    ABLATED,
+    KINDS,
+    NAMES,
+    PRINTED,
+    SCALES,
+    SETS,
+    SHARED,
+    TABLE,
+    Seeds,
+    by_worth,
+    of,
+    runs_in,
+)
+from residuum.experiments.p1_verdicts import (
+    EXPLODES,
+    MUCH_LARGER,
+    NO_MORE,
+    RECOVERED,
+    TOLERANCE,
+    better,
+    fits_worse,
+    has_parameters,
+    initial_calm,
+    initial_explodes,
+    most_needed,
+    needs_no_repair,
+    ratio_larger,
+    recovers,
+    table_entry,
+    wider_gap,
+    worse,
+)
+from residuum.layers.sharing import NAIVE, UBN
+from residuum.models import avgpool, resnet, resnet110, single, wide
+
+
+def study(scale: str) -> Study:
+    """Runs, figures and claims of P1 at one scale.
+
+    Args:
+        scale: tiny, small or paper.
+    """
+    claims = [
+        *_counts(),
+        *cosines(scale),
+        *ratios(scale),
+        *drops(scale),
+        *answers(scale),
+        *borderline(scale),
+        *unrolling(scale),
+        *_naive(scale),
+        *_remedy(scale),
+        *_table(scale),
+    ]
+    return Study(
+        paper="p1",
+        title="Jastrzebski et al. 2018, Residual Connections Encourage Iterative Inference",
+        scale=scale,
+        about=SCALES[scale].about,
+        figures=figures(scale),
+        claims=tuple(claims),
+        minutes=network_minutes,
+        order=by_worth(scale),
+    )
+
+
+def _counts() -> list[Claim]:
+    """Numbers of parameters, exactly; no run is needed."""
+    totals = {
+        "110": (resnet110(), 1_742_762),
+        "single": (single(), 1_829_210),
+        "avgpool": (avgpool(), 12_201_310),
+        "wide": (wide(), 45_732_842),
+    }
+    errata = {
+        "avgpool": "The text has a pooling after each of three groups; the count says two.",
+        "wide": "The text has four blocks in each section; the count says 4, 5 and 5.",
+    }
+    rows = [
+        (f"count-{name}", "section 4", f"the {KINDS[name]} network", network, True, count, errata.get(name, ""))
+        for name, (network, count) in totals.items()
+    ]
+    trained = {
+        ("32", None): (467_946, 473_796),
+        ("38", None): (565_386, 571_236),
+        ("56", None): (857_706, 863_556),
+        ("110", None): (1_734_666, 1_740_516),
+        ("110", UBN): (570_762, 576_612),
+        ("146", UBN): (573_450, 579_300),
+        ("182", UBN): (576_138, 581_988),
+    }
+    for (depth, sharing), counts in trained.items():
+        for data, classes, count in zip(SETS, (10, 100), counts, strict=True):
+            words = f"ResNet-{depth}{'-UBN' if sharing else ''} for {SETS[data]}, trained ones"
+            label = f"count-{depth}{'-ubn' if sharing else ''}-{data}"
+            network = resnet(int(depth), classes=classes, sharing=sharing)
+            rows.append((label, "table 1, in thousands", words, network, False, count, ""))
+    naive = "naively shared ResNet-110, those of ResNet-38"
+    erratum = "The submission says ResNet-32 at that place; the poster's ResNet-38 has equally many."
+    rows.append(("count-naive", "section 4.5", naive, resnet(110, sharing=NAIVE), False, 565_386, erratum))
+    return [
+        Claim(
+            f"p1-{label}",
+            f"P1, {place}",
+            f"Parameters of {words}",
+            f"{count:,}",
+            (),
+            partial(has_parameters, network=network, statistics=total, expected=count),
+            limits,
+        )
+        for label, place, words, network, total, count, limits in rows
+    ]
+
+
+def _naive(scale: str) -> list[Claim]:
+    """Naive sharing: the upper blocks of each section are one module, batch norm included."""
+    naive, deep, small = (of(scale, name) for name in ("naive", "110", "38"))
+    erratum = "Compared with ResNet-38, which has equally many parameters; the submission says ResNet-32."
+    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...], str], ...] = (
+        (
+            "fit",
+            "section 4.5, figure 8",
+            "fits its training images worse than ResNet-110",
+            "training loss higher",
+            partial(fits_worse, after=naive, before=deep),
+            (naive, deep),
+            MODE,
+        ),
+        (
+            "train",
+            "section 4.5, figure 8",
+            "is wrong on more training images than ResNet-110, in evaluation mode",
+            "training error higher",
+            partial(worse, after=naive, before=deep, split="train"),
+            (naive, deep),
+            "",
+        ),
+        (
+            "test",
+            "section 4.5, figure 8",
+            "is wrong on more test images than ResNet-38",
+            "test error higher",
+            partial(worse, after=naive, before=small),
+            (naive, small),
+            erratum,
+        ),
+        (
+            "gap",
+            "poster, figure 8: heavily overfits",
+            "has a wider gap between training and test than ResNet-38",
+            "difference of losses larger",
+            partial(wider_gap, after=naive, before=small, recalibrated=False),
+            (naive, small),
+            f"{MODE} {erratum}",
+        ),
+        (
+            "gap-again",
+            f"{OURS}",
+            "still has a wider gap than ResNet-38 when statistics are re-estimated for every application",
+            "difference of losses larger",
+            partial(wider_gap, after=naive, before=small, recalibrated=True),
+            (naive, small),
+            f"{MODE} {erratum}",
+        ),
+        (
+            "recovers",
+            OURS,
+            "gets back half of the test accuracy that it has cost by re-estimated statistics",
+            f"at least {RECOVERED:.0%}, mean over seeds",
+            partial(recovers, runs=naive, unshared=deep),
+            (naive, deep),
+            "",
+        ),
+        (
+            "ratio",
+            "figure 8, right",
+            "has gradients that grow much more on their way down than those of ResNet-38",
+            f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs",
+            partial(ratio_larger, runs=naive, before=small),
+            (naive, small),
+            erratum,
+        ),
+        *(
+            (
+                f"initial-{what}",
+                "section 4.5",
+                f"has {what} that explode at initialisation",
+                f"growth at least {EXPLODES:g} times that of ResNet-110",
+                partial(initial_explodes, runs=naive, unshared=deep, what=what),
+                (naive, deep),
+                CALIBRATED,
+            )
+            for what in ("activations", "gradients")
+        ),
+    )
+    return [
+        claim(f"naive-{label}", place, f"Naive sharing {text}", known, test, jobs=runs_in(*tables), limits=limits)
+        for label, place, text, known, test, tables, limits in rows
+    ]
+
+
+def _remedy(scale: str) -> list[Claim]:
+    """Unshared batch norm, and what it needs."""
+    ubn, deep = (of(scale, name) for name in ("ubn", "110"))
+    without = {name: of(scale, name) for name in ABLATED}
+    statistics, others = without["statistics"], [without["gamma"], without["affine"]]
+    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...], str], ...] = (
+        *(
+            (
+                f"ubn-{what}",
+                "section 4.5",
+                f"UBN removes the explosion of {what} at initialisation",
+                f"growth at most {NO_MORE:g} times that of ResNet-110",
+                partial(initial_calm, runs=ubn, unshared=deep, what=what),
+                (ubn, deep),
+                CALIBRATED,
+            )
+            for what in ("activations", "gradients")
+        ),
+        (
+            "ubn-repair",
+            OURS,
+            "UBN needs no re-estimation",
+            "test error changes by at most a point",
+            partial(needs_no_repair, runs=ubn),
+            (ubn,),
+            "",
+        ),
+        *(
+            (
+                f"order-{label}",
+                "table 1",
+                f"CIFAR-10: {NAMES[after]} is better than {NAMES[before]}",
+                "test error lower",
+                partial(better, after=of(scale, after), before=of(scale, before)),
+                (of(scale, after), of(scale, before)),
+                "",
+            )
+            for label, after, before in (("ubn-38", "ubn", "38"), ("56-ubn", "56", "ubn"), ("110-56", "110", "56"))
+        ),
+        *(
+            (
+                f"ablation-{name}",
+                "figure 9",
+                f"{SHARED[name][0]} instead of all of UBN: more test errors",
+                "difference above 0",
+                partial(worse, after=runs, before=ubn),
+                (runs, ubn),
+                "",
+            )
+            for name, runs in without.items()
+        ),
+        (
+            "ablation-most",
+            "figure 9",
+            "Unshared statistics are the most important part of UBN",
+            "more test errors without them than without each of the others",
+            partial(most_needed, without=statistics, others=others),
+            (statistics, *others),
+            "",
+        ),
+    )
+    far = of(scale, "ubn", data="cifar100"), of(scale, "38", data="cifar100")
+    return [
+        *(
+            claim(label, place, text, known, test, jobs=runs_in(*tables), limits=limits)
+            for label, place, text, known, test, tables, limits in rows
+        ),
+        claim(
+            "order-cifar100",
+            "table 1",
+            "CIFAR-100: 110-UBN is not better than ResNet-38",
+            "test error higher; 29.94 and 29.66 %",
+            partial(worse, after=far[0], before=far[1]),
+            jobs=runs_in(*far),
+        ),
+    ]
+
+
+def _table(scale: str) -> list[Claim]:
+    """The numbers of Table 1."""
+    found = []
+    for data, rows in PRINTED.items():
+        for name in TABLE:
+            runs = of(scale, name, data=data) if SCALES[scale].table else {}
+            for split, number in zip(("train", "test"), rows[name], strict=True):
+                test = partial(table_entry, runs=runs, data=data, split=split, expected=number)
+                text = f"{SETS[data]}: {NAMES[name]} has {number:g} % {split} error"
+                known = f"{number:g} within {TOLERANCE[data]:g} points"
+                label = f"table-{data}-{name}-{split}"
+                found.append(claim(label, "table 1", text, known, test, jobs=runs_in(runs), unless=NEEDS_TABLE))
+    return found
