@@ -183,6 +183,8 @@ OTHER = {
     "training.penalty.draws": "gaussian",
     "probes": ("pairs",),
     "probe_limit": None,
+    "watch": ("recalibration",),
+    "probe_train": True,
     "seed": 4,
 }
 WITH = {  # what must change together with a field, or the settings would refuse themselves
@@ -324,7 +326,14 @@ def contains(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def test_defaults_of_a_run_stay_what_they_are() -> None:
     data = {"train": None, "test": None, "shuffled": False, "clutter": None, "clutter_sizes": [100_000, 10_000]}
-    run = {"data": data | {"sha256": ""}, "probes": [], "probe_limit": 1000, "seed": 0}
+    run = {
+        "data": data | {"sha256": ""},
+        "probes": [],
+        "probe_limit": 1000,
+        "seed": 0,
+        "watch": [],
+        "probe_train": False,
+    }
     run |= {"probe_train": False, "watch": []}
     contains(described(Run(ResNetConfig(), DataConfig("mnist"))), run | {"training": {"kind": "TrainConfig"}})
     assert set(runs._KINDS) == DEFAULTS.keys() | NEED_ALL, "every kind of settings is pinned"
