@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no downloads, random tiny models of every family."""
 
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ with warnings.catch_warnings():
     import_torchvision()  # before anything else imports it: beside a CPU torch its own import fails
 
 torch.set_num_threads(1)
+# In the background of a shell Ctrl-C is ignored, and so it would be by the processes that tests start and stop by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
