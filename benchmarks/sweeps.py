@@ -98,7 +98,7 @@ def main() -> None:
     report("pool, s per run that does nothing", lambda: overhead(Pool(1, EACH)), turns, 1)
     if find_spec("ray"):
         report("Ray, s per run that does nothing", lambda: overhead(Ray(1, EACH)), turns, 2)
-    report("16 trainings, two workers / one", speedup, 1, 0.6)
+    report("16 trainings, two workers / one", speedup, turns, 0.6)
 
 
 worker.KINDS[Nothing.kind] = Nothing
