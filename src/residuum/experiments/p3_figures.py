@@ -176,6 +176,8 @@ def _line(example: Example) -> dict[str, Any]:
 def convergence(folders: Folders) -> Drawn:
     """Validation loss over epochs: the median member and the range of all; beside it training loss or accuracy.
 
+    Members that failed have no values from there on; how many have failed at the end stands in legend and title.
+
     Source: P3 (Reshniak & Webster), figures 3 to 5.
     """
     spirals = next(iter(folders)).problem == "spirals"
@@ -186,16 +188,26 @@ def convergence(folders: Folders) -> Drawn:
             history = values(folder)["history"]
             rows = [(row["epoch"], [v for v in row[name] if v is not None]) for row in history]
             epochs, found = zip(*[row for row in rows if row[1]], strict=True)
-            axes.plot(epochs, [median(v) for v in found], label=label(example), **_line(example))
+            axes.plot(epochs, [median(v) for v in found], label=label(example) + _failed(history), **_line(example))
             axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, **_line(example))
         axes.set(xlabel="epoch", ylabel=words)
         if name != "validation_accuracy":
             axes.set_yscale("log")
     row[0].legend(fontsize=8)
     found = {example: values(folder) for example, folder in folders.items()}
-    lasts = [(median(final(v, "validation_loss")), _short(e), v["history"][-1]["epoch"]) for e, v in found.items()]
+    lasts = [
+        (median(final(v, "validation_loss")), _short(e), f"{v['history'][-1]['epoch']}{_failed(v['history'])}")
+        for e, v in found.items()
+    ]
     _title(figure, "Median validation loss", [f"{loss:.2g} at {name}, epoch {epoch}" for loss, name, epoch in lasts])
     return figure
+
+
+def _failed(history: list[dict[str, Any]]) -> str:
+    """How many members have failed, in words; "" if none has."""
+    last = history[-1]["validation_loss"]
+    lost = sum(value is None for value in last)
+    return f" ({lost} of {len(last)} failed, left out)" if lost else ""
 
 
 def regions(folders: Folders, *, member: int = 0) -> Drawn:
@@ -209,12 +221,13 @@ def regions(folders: Folders, *, member: int = 0) -> Drawn:
     side = np.linspace(-1.5, 1.5, 150)
     grid = torch.tensor(np.stack(np.meshgrid(side, side), 2).reshape(-1, 2))
     for axes, (example, folder) in zip(every, folders.items(), strict=False):
-        output = one(example, folder, member)(grid).output.view(len(side), len(side))
-        axes.contourf(side, side, (output > 0).double(), levels=[-1, 0.5, 2], colors=["#9ecae1", "#fdae6b"])
+        accuracy = values(folder)["history"][-1]["validation_accuracy"][member]
+        if accuracy is not None:  # a network that failed has no answers
+            output = one(example, folder, member)(grid).output.view(len(side), len(side))
+            axes.contourf(side, side, (output > 0).double(), levels=[-1, 0.5, 2], colors=["#9ecae1", "#fdae6b"])
         x, y = (part[member] for part in example.data().validation)
         for kind, colour in ((0, "C0"), (1, "C1")):
             axes.plot(*x[y[:, 0] == kind].T, ".", ms=2, color=colour)
-        accuracy = values(folder)["history"][-1]["validation_accuracy"][member]
         said = "failed" if accuracy is None else f"{accuracy:.1%} right"
         axes.set(aspect="equal", xlabel="x1", ylabel="x2", title=f"{label(example)}\n{said}")
         axes.title.set_fontsize(9)
