@@ -25,16 +25,19 @@ SETTINGS = (None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # of the convolutio
 
 
 class Least(torch.autograd.Function):
-    """A step of power iteration and `W / max(1, sigma / 0.5)` for a 3x3 convolution with padding 1."""
+    """Half a step of power iteration and `W / max(1, sigma / 0.5)` for a 3x3 convolution with padding 1."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-        v = torch.ops.aten.convolution_backward(state["u"], state["u"], weight, *SETTINGS, (True, False, False))[0]
-        v = v.div_(torch.linalg.vector_norm(v))
-        u = torch.conv2d(v, weight, None, 1, 1)
-        sigma = torch.linalg.vector_norm(u)
-        state["u"] = ctx.u = u.div_(sigma)
-        ctx.weight, ctx.v, ctx.scale = weight, v, max(float(sigma) / 0.5, 1)
+    def forward(ctx: Any, weight: Tensor, state: dict[str, Any]) -> Tensor:
+        u, v = state["u"], state["v"]
+        if state["renewed"] == "v":
+            found = torch.ops.aten.convolution_backward(u, v, weight, *SETTINGS, (True, False, False))[0]
+        else:
+            found = torch.conv2d(v, weight, None, 1, 1)
+        sigma = torch.linalg.vector_norm(found)
+        state[state["renewed"]] = found.div_(sigma)
+        state["renewed"] = "u" if state["renewed"] == "v" else "v"
+        ctx.u, ctx.v, ctx.weight, ctx.scale = state["u"], state["v"], weight, max(float(sigma) / 0.5, 1)
         return weight / ctx.scale
 
     @staticmethod
@@ -51,7 +54,7 @@ class ByHand(nn.Module):
         super().__init__()
         self.original = plain.weight
         u = torch.randn(1, plain.out_channels, size, size).contiguous(memory_format=torch.channels_last)
-        self.state = {"u": u / u.norm()}
+        self.state = {"u": u / u.norm(), "v": u / u.norm(), "renewed": "v"}
 
     @property
     def weight(self) -> Tensor:

@@ -49,11 +49,11 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
 
     sigma is the norm `max |W x| / |x|` of the module as it works: on maps of that size, with its stride, padding,
     dilation and groups. (torch's `spectral_norm` limits the kernel reshaped to a matrix: what it normalises to 1 has a
-    true norm of 1.5 to 3.) In training mode sigma follows the weights by one step of power iteration per forward, under
-    `parametrize.cached()`, as in `train`, also where the module is applied several times; so the norm can exceed the
-    bound a little (`limits` says by how much). In eval mode the first use after a change of the weights converges sigma
-    to a residual of 1e-3; after that the norm is at most 1.005 times the bound, and within 0.005 of it where the limit
-    is active. A guaranteed bound is what `export` writes.
+    true norm of 1.5 to 3.) In training mode sigma follows the weights by one product of the power iteration a forward,
+    `v = W^T u / |W^T u|` and `u = W v / |W v|` in turn, under `parametrize.cached()`, as in `train`, also where the
+    module is applied several times; so the norm can exceed the bound a little (`limits` says by how much). In eval mode
+    the first use after a change of the weights converges sigma to a residual of 1e-3; after that the norm is at most
+    1.005 times the bound, and within 0.005 of it where the limit is active. A guaranteed bound is what `export` writes.
 
     The gradient is that of `<u, W v>` with the singular vectors u and v held constant. The state of the iteration is
     saved with the model.
@@ -106,6 +106,7 @@ class Limited(nn.Module):
         self.register_buffer("u", _unit(u, u)[0])
         self.register_buffer("sigma", norm.to(v))
         self.register_buffer("overshoot", torch.ones_like(self.sigma))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.bool))  # whether u is the next to be renewed
         # Of the weight for which sigma has converged; 0 in training mode.
         self.register_buffer("checksum", torch.zeros((), dtype=torch.int64))
         self._converge(module.weight)
@@ -121,21 +122,21 @@ class Limited(nn.Module):
         return _Scaled.apply(weight, scale, self) if scale > 1 else weight.view_as(weight)
 
     def _update(self, weight: Tensor) -> None:
-        """Sigma and its vectors for this weight, known to need no gradient: one step of power iteration in training.
+        """Sigma and its vectors for this weight, known to need no gradient: half a step of power iteration in training.
 
-        On one image calls cost as much as their arithmetic, hence few of them, and not by attributes of the module.
+        After either half sigma is <u, W v>. On one image calls cost as much as their arithmetic, hence few of them, and
+        not by attributes of the module.
         """
         buffers = self._buffers
         if self.training:
-            v = self._adjoint(weight, buffers["u"])
-            v = v.div_(torch.linalg.vector_norm(v))
-            u = self._image(weight, v)
-            sigma = torch.linalg.vector_norm(u)
-            if float(sigma) > 0:
+            renewed = "u" if buffers["turn"] else "v"
+            found = self._image(weight, buffers["v"]) if renewed == "u" else self._adjoint(weight, buffers["u"])
+            sigma = torch.linalg.vector_norm(found)
+            if float(sigma) > 0:  # else the vectors stay, so that the iteration can go on from them
                 # Replaced, not written to: a gradient that is still to come is that of the vectors that were used.
-                buffers["v"], buffers["u"], buffers["sigma"] = v, u / sigma, sigma
-            else:  # the vectors stay, so that the iteration can go on from them
-                buffers["sigma"] = torch.zeros_like(sigma)
+                buffers[renewed] = found.div_(sigma)
+            buffers["sigma"] = sigma
+            buffers["turn"].logical_not_()
             buffers["checksum"].zero_()
         elif self.checksum != _checksum(weight):
             trained, allowed = not self.checksum, self.sigma.clamp_min(self.bound)
