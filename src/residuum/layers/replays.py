@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from residuum.layers.held import parts
+
 Key = tuple[int, int]
 RandomState = tuple[Tensor, ...]
 
@@ -51,7 +53,7 @@ class Record:
         self.draws_outside = False
         self.random: RandomState | None = None  # before the block, if it drew numbers
         self.branches = list(dict.fromkeys(_branches(block)))
-        modules = _parts(block)
+        modules = parts(block)
         self.stateful = [module for module in modules if module._buffers]
         self.changed: list[tuple[nn.Module, str, Tensor]] = []
         self.weights = [p for module in modules for p in module._parameters.values() if p is not None]
@@ -267,18 +269,6 @@ def _branches(block: nn.Module) -> Iterator[nn.Module]:
             yield from _branches(child)
         elif child is not None:
             yield child
-
-
-def _parts(block: nn.Module) -> list[nn.Module]:
-    """All modules of a block. `block.modules()` makes up their names as well, and takes three times as long."""
-    found = {block: None}
-    todo = [block]
-    while todo:
-        for child in todo.pop()._modules.values():
-            if child is not None and child not in found:
-                found[child] = None
-                todo.append(child)
-    return list(found)
 
 
 def _gathers(module: nn.Module) -> bool:
