@@ -23,9 +23,9 @@ from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.workers import Each
 from residuum.files import write_json
+from residuum.jobs import Settings
 from residuum.progress import Bar
 from residuum.runfolders import FORMAT
-from residuum.runs import Settings
 from residuum.sweeps import Engine
 
 EACH = Each(program=(str(Path(__file__).resolve()), "--worker"))

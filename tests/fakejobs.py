@@ -17,9 +17,9 @@ from residuum import worker
 from residuum.descriptions import key_of
 from residuum.engines.workers import Each
 from residuum.files import write_json
+from residuum.jobs import Settings
 from residuum.progress import Bar
 from residuum.runfolders import FORMAT
-from residuum.runs import Settings
 
 HERE = Path(__file__).resolve()
 

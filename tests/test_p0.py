@@ -24,8 +24,9 @@ from residuum.experiments.p0_runs import (
     shuffled_of,
 )
 from residuum.experiments.p0_verdicts import guess_loss
+from residuum.jobs import Settings
 from residuum.profiles import Measure, Point, Profile
-from residuum.runs import DataConfig, Finished, Run, Settings, execute
+from residuum.runs import DataConfig, Finished, Run, execute
 
 STUDY = study("p0", "small")
 

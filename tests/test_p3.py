@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from residuum.experiments import p3_figures, p3_runs
 from residuum.experiments.p3_runs import PAPER, equal_time, with_truncation
+from residuum.jobs import Settings
 from residuum.layers.branches import Antisymmetric
 from residuum.progress import Show, quiet
-from residuum.runs import Settings
 from residuum.solve import Dense, NewtonKrylov
 from residuum.toys import examples
 from residuum.toys.examples import Example

@@ -20,8 +20,9 @@ from residuum.experiments.p3 import DEEP, REGRESSION, VARIED, VERDICTS
 from residuum.experiments.p3_runs import PAPER, depth_needed, final, minutes, parameters, stable_rate
 from residuum.experiments.p3_runs import SCALES as PLANS
 from residuum.files import stored, write_json, write_tensors
+from residuum.jobs import Job
 from residuum.runindex import table
-from residuum.runs import Finished, Job, Run, execute, finished
+from residuum.runs import Finished, Run, execute, finished
 from residuum.stability import SCHEMES
 from residuum.sweeps import sweep
 from residuum.toys.examples import _WEIGHTS, NOISE, Example

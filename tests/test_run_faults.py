@@ -18,10 +18,11 @@ import residuum.files
 from residuum import checkpoints, runfolders
 from residuum.descriptions import key_of
 from residuum.files import write_json
+from residuum.jobs import Settings
 from residuum.models import ResNetConfig
 from residuum.progress import Bar, quiet
 from residuum.runfolders import locked, stand
-from residuum.runs import DataConfig, Finished, Run, Settings, execute, finished
+from residuum.runs import DataConfig, Finished, Run, execute, finished
 from residuum.training import TrainConfig
 
 TINY = Run(

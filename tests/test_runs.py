@@ -19,6 +19,7 @@ from datafiles import write_npz
 from residuum import runs
 from residuum.data import ClutterConfig, batches, load_splits
 from residuum.descriptions import canonical, described, key_of, rebuilt
+from residuum.jobs import Settings
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
@@ -34,7 +35,7 @@ from residuum.probes import readouts
 from residuum.probing import CALIBRATION_BATCH
 from residuum.profiles import profile
 from residuum.rates import Cosine, Steps
-from residuum.runs import DataConfig, Run, Settings, execute, finished
+from residuum.runs import DataConfig, Run, execute, finished
 from residuum.solvers import Anderson, NewtonKrylov, Picard
 from residuum.training import TrainConfig, train
 

@@ -19,10 +19,11 @@ from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Worker
+from residuum.jobs import Settings
 from residuum.layers.coupling import Coupling
 from residuum.loading import returned
 from residuum.models import ResNetConfig
-from residuum.runs import DataConfig, Run, Settings
+from residuum.runs import DataConfig, Run
 from residuum.sweeps import checked, grid, labels, sweep
 from residuum.training import TrainConfig
 

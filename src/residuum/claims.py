@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from residuum.effects import Effect
-from residuum.runs import Finished, Job
+from residuum.jobs import Job
+from residuum.runs import Finished
 
 if TYPE_CHECKING:
     import matplotlib.figure

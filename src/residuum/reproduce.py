@@ -11,9 +11,11 @@ from residuum.data.archives import ARCHIVES
 from residuum.data.fetching import find
 from residuum.drawing import save, style
 from residuum.files import write_atomically, write_json
+from residuum.jobs import Job
 from residuum.names import unknown
 from residuum.pages import Shown, counts, markdown, page, shown
-from residuum.runs import DataConfig, Finished, Job, Run, finished
+from residuum.runs import DataConfig, Finished, Run, finished
+from residuum.toys.digits import NoisyDigits
 
 FORMAT = 1  # of claims.json
 
@@ -100,7 +102,8 @@ def check_data(jobs: Iterable[Job], root: Path | None) -> None:
     """
     if root is None:
         return
-    wanted = {job.data.name for job in jobs if isinstance(job, Run)}
+    read = [job.data for job in jobs if isinstance(job, Run | NoisyDigits)]
+    wanted = {data.name if isinstance(data, DataConfig) else data for data in read}
     for source in ARCHIVES:
         if source.name in wanted:
             try:

@@ -6,9 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from residuum.flags import Reproduce
+from residuum.jobs import Job, Settings
 from residuum.reproduce import check_data, choose, gather, listing, report, stand_ins, summary
 from residuum.runfolders import prepare
-from residuum.runs import Job, Run, Settings
+from residuum.runs import Run
 from residuum.sweeps import sweep
 from residuum.sweepscreen import board, engine_of
 

@@ -2,23 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from residuum import __version__, runfolders
-from residuum.checkpoints import CheckpointError
 from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, load_splits, write_digitclutter
 from residuum.data.images import NAMES
-from residuum.descriptions import described, key_of, rebuilt
+from residuum.descriptions import described, key_of
+from residuum.jobs import Job, Settings, from_checkpoint, job_from, threads_of_torch
 from residuum.layers.coupling import Coupling
 from residuum.loading import NETWORK, LoadedModel, trained_on
 from residuum.models import ResNet, ResNetConfig
@@ -43,52 +41,6 @@ WATCHED: dict[str, Callable[[Splits], AfterEpoch]] = {
     "gradient_ratio": lambda data: gradient_ratios(data, images=200),
     "recalibration": recalibration,
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where and how a run is carried out; never part of its key.
-
-    Attributes:
-        data_root: Folder with the official files of the data sets that have a name; None: the cache.
-        device: Where the work is done.
-        threads: Of torch. Another number gives other roundings.
-        batch: Images measured at a time.
-    """
-
-    data_root: Path | None = None
-    device: str = "cpu"
-    threads: int = 1
-    batch: int = 64
-
-    def __post_init__(self) -> None:
-        if self.threads < 1 or self.batch < 1:
-            raise ValueError(f"threads ({self.threads}) and batch ({self.batch}) must be at least 1")
-
-
-@runtime_checkable
-class Job(Protocol):
-    """What a sweep can carry out: a frozen dataclass, as `Run`.
-
-    Attributes:
-        kind: Its name in descriptions.
-    """
-
-    kind: ClassVar[str]
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits, of all that determines the result and nothing else."""
-
-    def describe(self) -> dict[str, Any]:
-        """What determines the result, as JSON values, among them "kind" and "format"."""
-
-    @classmethod
-    def from_description(cls, description: dict[str, Any]) -> "Job":
-        """The inverse of `describe`."""
-
-    def execute(self, folder: Path, settings: Settings, progress: Bar) -> None:
-        """Write the results into a folder, going on from what is there."""
 
 
 @dataclass(frozen=True)
@@ -230,11 +182,7 @@ class Run:
         Raises:
             ValueError: If it is not one, or of another format, or does not fit this version of the code.
         """
-        given = dict(description)
-        kind, form = given.pop("kind", None), given.pop("format", None)
-        if (kind, form) != (cls.kind, FORMAT):
-            raise ValueError(f"a {kind!r} of format {form}; this code reads {cls.kind!r} of format {FORMAT}")
-        return rebuilt(given | {"kind": cls.__name__}, _KINDS)
+        return job_from(description, cls, _KINDS)
 
     @cached_property
     def key(self) -> str:
@@ -291,22 +239,18 @@ class Run:
     def _trained(
         self, data: Splits, config: TrainConfig, folder: Path, settings: Settings, progress: Bar
     ) -> tuple[ResNet, list[Row]]:
-        """The trained network; from its checkpoint if that ends with the same bits, else from the beginning."""
-        checkpoint, looks = folder / CHECKPOINT, [WATCHED[name](data) for name in self.watch]
+        """The trained network and its history."""
+        looks = [WATCHED[name](data) for name in self.watch]
 
         def look(model: nn.Module) -> Row:
             return {name: value for each in looks for name, value in each(model).items()}
 
-        while True:
-            model = ResNet(self.model, seed=self.seed).to(settings.device)
-            if checkpoint.exists():
-                log(folder, "goes on from its checkpoint")
-            try:
-                with progress("training", config.epochs * len(data.train)) as show:
-                    return model, train(model, data, config, after_epoch=look, progress=show, checkpoint=checkpoint)
-            except CheckpointError as error:
-                log(folder, f"begins anew: {error}")
-                checkpoint.unlink()
+        def attempt() -> tuple[ResNet, list[Row]]:
+            model, checkpoint = ResNet(self.model, seed=self.seed).to(settings.device), folder / CHECKPOINT
+            with progress("training", config.epochs * len(data.train)) as show:
+                return model, train(model, data, config, after_epoch=look, progress=show, checkpoint=checkpoint)
+
+        return from_checkpoint(folder, attempt)
 
 
 _KINDS = (Run, DataConfig, TrainConfig, *NETWORK, Coupling, Penalty, Steps, Cosine, ClutterConfig)
@@ -428,14 +372,3 @@ def perform(job: Job, folder: Path, settings: Settings, progress: Bar = quiet) -
     except Exception as error:
         runfolders.fail(folder, *runfolders.failure_of(error))
         raise
-
-
-@contextmanager
-def threads_of_torch(count: int) -> Iterator[None]:
-    """So many threads while it is open, then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from residuum import runfolders, worker
 from residuum.descriptions import described
 from residuum.engines.workers import Doing, Ended, Tell
+from residuum.jobs import Job, Settings
 from residuum.names import unknown
-from residuum.runs import Job, Settings
 
 
 @runtime_checkable

@@ -14,8 +14,8 @@ from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Tell
 from residuum.flags import Reproduce, Sweep
+from residuum.jobs import Settings
 from residuum.loading import returned
-from residuum.runs import Settings
 from residuum.sweeps import Engine, Outcome, checked
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)

@@ -21,13 +21,15 @@ from typing import Any
 
 from residuum.engines.workers import GRACE, STOPPED
 from residuum.files import write_json
+from residuum.jobs import Job, Settings
 from residuum.memory import keep_freed_memory
 from residuum.progress import Show
 from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_object
-from residuum.runs import Job, Run, Settings, perform
+from residuum.runs import Run, perform
+from residuum.toys.digits import NoisyDigits
 from residuum.toys.examples import Example
 
-KINDS: dict[str, type[Job]] = {Run.kind: Run, Example.kind: Example}  # what a run.json can describe
+KINDS: dict[str, type[Job]] = {kind.kind: kind for kind in (Run, Example, NoisyDigits)}  # what a run.json can describe
 
 Say = Callable[[dict[str, Any]], None]
 _OFTEN = 0.2  # seconds between two lines about how far a run is

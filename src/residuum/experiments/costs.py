@@ -2,8 +2,9 @@
 
 import math
 
+from residuum.jobs import Job
 from residuum.probing import CHANGES
-from residuum.runs import Job, Run
+from residuum.runs import Run
 
 # Measured with benchmarks/costs.py on one core of an AMD EPYC (Zen 4), torch 2.13, batches of 32 to 128,
 # widths 4 to 64 at 28x28 and 32x32: milliseconds of forward and backward per image, block and pixel are A + B width^2.

@@ -15,7 +15,18 @@ import torch
 
 from residuum.claims import Figure, Results
 from residuum.drawing import line, panels
-from residuum.experiments.p3_runs import SCALES, THETAS, Grid, at, depth_needed, losses, stable_rate, with_truncation
+from residuum.experiments.p3_runs import (
+    NETWORKS,
+    SCALES,
+    THETAS,
+    Grid,
+    Scale,
+    at,
+    depth_needed,
+    losses,
+    stable_rate,
+    with_truncation,
+)
 from residuum.layers.steps import Theta
 from residuum.solve import Anderson, GradientDescent, NewtonKrylov, Picard, Solver
 from residuum.stability import amplification, phase_plane
@@ -55,6 +66,9 @@ def figures(scale: str) -> tuple[Figure, ...]:
         words = f"A stiff equation, known after every {every} steps: solution and networks, seed 0."
         made.append(_figure(f"p3-stiff-{every}", "P3, extended version", words, stiff, stiffness))
     made.append(_figure("p3-prey", "P3, extended version", "Prey and predators, seed 0.", prey, phase_plane_of_prey))
+    digits = tuple(job for name in NETWORKS for job in to.noisy_networks(name))
+    words = "MNIST under noise: accuracy over its standard deviation, mean over draws and seeds."
+    made.append(Figure("p3-noise", "P3, extended version", words, digits, partial(_noise, to=to)))
     for name, grid in to.grids.items():
         jobs = tuple(job for theta in (0.0, 0.5) for job in grid.jobs(theta))
         words = f"{name}: validation loss (median over seeds) over the learning rate, per depth, at equal T."
@@ -84,6 +98,31 @@ def _plane(results: Results) -> Drawn:
 def _solvers(folders: Folders) -> Drawn:
     ((example, folder),) = folders.items()
     return solvers(example, folder, block=example.depth // 2)
+
+
+def _noise(results: Results, *, to: Scale) -> "matplotlib.figure.Figure | None":
+    """One line per network, on the images that it was trained on (as the paper has it) and on others."""
+    found = {
+        name: [results[job.key].values["noise"] for job in to.noisy_networks(name) if job.key in results]
+        for name in NETWORKS
+    }
+    there = {name: runs for name, runs in found.items() if runs}
+    if not there:
+        return None
+    figure, (row,) = _panels(1, 2, 4.4)
+    for axes, (images, words) in zip(row, (("train", "training"), ("test", "test")), strict=True):
+        for number, (name, runs) in enumerate(there.items()):
+            sds = [float(sd) for sd in runs[0][images]]
+            rows = np.array([[np.mean(draws) for draws in run[images].values()] for run in runs])
+            color = {"plain": "black", "1Lip": "0.55"}.get(name) or f"C{number - 2}"
+            axes.plot(sds, rows.mean(0), marker="o", ms=3, color=color, ls="-" if "=" in name else "--", label=name)
+            axes.fill_between(sds, rows.min(0), rows.max(0), color=color, alpha=0.12)
+        axes.set(xlabel="standard deviation of the noise (pixels from 0 to 1)", ylabel=f"accuracy on {words} images")
+        axes.set_ylim(0, 1.02)
+    row[0].legend(fontsize=8)
+    at_noise = [f"{np.mean([np.mean(run['train']['0.7']) for run in runs]):.1%} {name}" for name, runs in there.items()]
+    _title(figure, "Right under noise of 0.7 on training images", at_noise)
+    return figure
 
 
 def _there(results: Results, grid: Grid) -> bool:

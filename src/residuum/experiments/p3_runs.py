@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from residuum.claims import Results
-from residuum.runs import Job
+from residuum.jobs import Job
+from residuum.toys.digits import NoisyDigits
 from residuum.toys.examples import Example
 
 THETAS = (0.0, 0.5, 1.0)
@@ -46,6 +47,19 @@ PAPER = {
         solver="anderson",
     ),
 }
+
+
+# Of MNIST under noise: theta and what is known of the spectrum, by the names of the paper's table.
+NETWORKS = {
+    "plain": (0.0, "free"),
+    "1Lip": (0.0, "unit"),
+    "theta = 0": (0.0, "stable"),
+    "theta = 0.25": (0.25, "stable"),
+    "theta = 0.5": (0.5, "stable"),
+    "theta = 0.75": (0.75, "stable"),
+    "theta = 1": (1.0, "stable"),
+}
+COMPARED = ("plain", "1Lip", "theta = 0", "theta = 0.75")
 
 
 def at(example: Example, theta: float, gradient: str = "exact") -> Example:
@@ -100,6 +114,9 @@ class Scale:
         every: Which steps of it are trained on: every so many.
         prey: Prey and predators.
         grids: By the example's name.
+        digits: MNIST under noise; theta, spectrum and seed are set by `noisy_networks`.
+        seeds: Of the networks of it that are compared.
+        others: Of the other networks, which are drawn only.
     """
 
     about: str
@@ -111,6 +128,15 @@ class Scale:
     every: tuple[int, ...]
     prey: Example
     grids: dict[str, Grid]
+    digits: NoisyDigits
+    seeds: int
+    others: int
+
+    def noisy_networks(self, name: str) -> tuple[NoisyDigits, ...]:
+        """One of `NETWORKS`, with each of its seeds."""
+        theta, spectrum = NETWORKS[name]
+        seeds = self.seeds if name in COMPARED else self.others
+        return tuple(replace(self.digits, theta=theta, spectrum=spectrum, seed=seed) for seed in range(seeds))
 
 
 # Of the regression: the variance of the target, rounded; and what 10 blocks at the paper's rate reach with T = 5 in an
@@ -118,7 +144,13 @@ class Scale:
 _NOTHING, _LEVEL = {"sine": 0.376, "spirals": math.log(2)}, {"sine": 1e-3, "spirals": 0.03}
 
 
-def _full(about: str, seeds: int, sine_depths: tuple[int, ...], spiral_depths: tuple[int, ...]) -> Scale:
+def _full(
+    about: str,
+    seeds: int,
+    sine_depths: tuple[int, ...],
+    spiral_depths: tuple[int, ...],
+    digits: tuple[NoisyDigits, int, int],
+) -> Scale:
     """The paper's settings with so many seeds."""
     of = {name: replace(example, seeds=tuple(range(seeds))) for name, example in PAPER.items()}
     longer = replace(of["sine"], time=5.0)
@@ -128,7 +160,7 @@ def _full(about: str, seeds: int, sine_depths: tuple[int, ...], spiral_depths: t
         "spirals": Grid(of["spirals"], spiral_depths, rates["spirals"], _LEVEL["spirals"], _NOTHING["spirals"]),
     }
     stiff, prey = of["stiff"], of["lotka_volterra"]
-    return Scale(about, of["sine"], longer, 50, of["spirals"], stiff, (2, 5, 10), prey, grids)
+    return Scale(about, of["sine"], longer, 50, of["spirals"], stiff, (2, 5, 10), prey, grids, *digits)
 
 
 def _tiny() -> Scale:
@@ -150,16 +182,21 @@ def _tiny() -> Scale:
         every=(2, 5, 10),
         prey=replace(of["lotka_volterra"], depth=4, time=1.0, width=3, epochs=2),
         grids=grids,
+        digits=NoisyDigits(data="digits", images=100, epochs=1, draws=1),
+        seeds=2,
+        others=1,
     )
 
 
 SCALES = {
     "tiny": _tiny(),
     "small": _full(
-        "The paper's settings, as far as its code shows them, with 5 seeds; grids of learning rates and depths.",
+        "The paper's settings, as far as its code shows them, with 5 seeds; grids of learning rates and depths. "
+        "MNIST under noise: 100 epochs of the paper's 300, 3 seeds.",
         5,
         (3, 5, 10, 20),
         (5, 10, 25),
+        (NoisyDigits(epochs=100), 3, 1),
     ),
     "paper": _full(
         'The paper\'s settings, as far as its code shows them, with 20 seeds, since its "several" is not a number; '
@@ -167,11 +204,13 @@ SCALES = {
         20,
         (3, 5, 10, 20, 50, 100),
         (5, 10, 25, 50),
+        (NoisyDigits(), 5, 5),
     ),
 }
 
 _COUNTS = {"sine": 100, "spirals": 513, "stiff": 5, "lotka_volterra": 7}  # training examples
 _MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5}  # a block in a training step of `_TOGETHER` members
+_NOISY = {"free": 28, "unit": 33, "stable": 55, "implicit": 150}  # a step of all blocks, in milliseconds
 _TOGETHER = 25  # members that cost about as much as one
 
 
@@ -181,6 +220,9 @@ def minutes(job: Job) -> float | None:
     Args:
         job: The example.
     """
+    if isinstance(job, NoisyDigits):
+        steps = job.epochs * math.ceil(job.images / job.batch)
+        return steps * job.steps * (_NOISY["implicit"] if job.theta else _NOISY[job.spectrum]) / 60_000
     if not isinstance(job, Example):
         return None
     steps = job.epochs * (math.ceil(_COUNTS[job.problem] / job.batch) if job.batch else 1)

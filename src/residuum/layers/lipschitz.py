@@ -119,7 +119,8 @@ class Limited(nn.Module):
         else:
             self._update(weight.detach())
         scale = float(self.sigma) / self.bound
-        return _Scaled.apply(weight, scale, self) if scale > 1 else weight.view_as(weight)
+        # A view with the same strides: `view_as` would lose the layout of one channel, whose derivatives are slow then.
+        return _Scaled.apply(weight, scale, self) if scale > 1 else weight.expand_as(weight)
 
     def _update(self, weight: Tensor) -> None:
         """Sigma and its vectors for this weight, known to need no gradient: half a step of power iteration in training.

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from residuum.checkpoints import CheckpointError, Progress, here, resume_, save
-from residuum.descriptions import described, key_of, rebuilt
+from residuum.checkpoints import Progress, here, resume_, save
+from residuum.descriptions import described, key_of
 from residuum.files import read_tensors, restore_, stored, write_json, write_tensors
+from residuum.jobs import Settings, from_checkpoint, job_from, threads_of_torch
 from residuum.layers.steps import Theta
 from residuum.names import unknown
 from residuum.progress import Bar, Show, quiet
-from residuum.runfolders import CHECKPOINT, FORMAT, log
-from residuum.runs import Settings, threads_of_torch
+from residuum.runfolders import CHECKPOINT, FORMAT
 from residuum.solve import Anderson, Dense, GradientDescent, NewtonKrylov, Picard, Solver
 from residuum.toys import problems
 from residuum.toys.networks import Chain, Flow, Loss, Run, Stiff, crossed, perceptron, squared
@@ -58,7 +58,7 @@ class Example:
     """A problem of P3 and the networks to fit to it: one for each pair of learning rate and seed, side by side.
 
     Members share evaluations, nothing else: one that fails is left alone, and the others go on as without it. A job, as
-    `runs.Job` has it.
+    `jobs.Job` has it.
 
     Attributes:
         problem: "sine", "spirals", "stiff" or "lotka_volterra".
@@ -177,11 +177,7 @@ class Example:
         Raises:
             ValueError: If it is not one, or of another format, or does not fit this version of the code.
         """
-        given = dict(description)
-        kind, form = given.pop("kind", None), given.pop("format", None)
-        if (kind, form) != (cls.kind, FORMAT):
-            raise ValueError(f"a {kind!r} of format {form}; this code reads {cls.kind!r} of format {FORMAT}")
-        return rebuilt(given | {"kind": cls.__name__}, (cls,))
+        return job_from(description, cls, (cls,))
 
     @cached_property
     def key(self) -> str:
@@ -204,8 +200,14 @@ class Example:
         """
         start = perf_counter()
         with threads_of_torch(settings.threads):
-            network, problem = self.network(), self.data()
-            history = _fit(self, network, problem, folder, progress)
+            problem = self.data()
+
+            def attempt() -> tuple[nn.Module, list[dict]]:
+                network = self.network()
+                with progress(f"{self.problem}, theta {self.theta:g}", self.epochs) as show:
+                    return network, _train(self, network, problem, folder / CHECKPOINT, show)
+
+            network, history = from_checkpoint(folder, attempt)
             values = {
                 "members": [member._asdict() for member in self.members],
                 "parameters": sum(p.numel() for p in network.parameters()) // len(self.members),
@@ -219,20 +221,6 @@ class Example:
 
 
 LOSSES: dict[str, Loss] = {"sine": squared, "spirals": crossed, "stiff": squared, "lotka_volterra": squared}
-
-
-def _fit(example: Example, network: nn.Module, problem: Problem, folder: Path, progress: Bar) -> list[dict]:
-    """Train all members; from their checkpoint if that ends with the same bits, else from the beginning."""
-    fresh = {name: value.clone() for name, value in network.state_dict().items()}
-    checkpoint = folder / CHECKPOINT
-    while True:
-        try:
-            with progress(f"{example.problem}, theta {example.theta:g}", example.epochs) as show:
-                return _train(example, network, problem, checkpoint, show)
-        except CheckpointError as error:
-            log(folder, f"begins anew: {error}")
-            checkpoint.unlink()
-            network.load_state_dict(fresh)
 
 
 def _train(example: Example, network: nn.Module, problem: Problem, checkpoint: Path, show: Show) -> list[dict]:
