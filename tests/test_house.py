@@ -42,6 +42,7 @@ ROWS = [
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],
+    ["jobs"],
     ["runs", "runindex", "engines"],
     ["toys"],
     ["worker", "claims"],

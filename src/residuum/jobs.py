@@ -13,7 +13,6 @@ from residuum.descriptions import rebuilt
 from residuum.progress import Bar
 from residuum.runfolders import CHECKPOINT, FORMAT, log
 
-J = TypeVar("J", bound="Job")
 T = TypeVar("T")
 
 
@@ -63,7 +62,7 @@ class Job(Protocol):
         """Write the results into a folder, going on from what is there."""
 
 
-def job_from(description: dict[str, Any], cls: type[J], kinds: Iterable[type]) -> J:
+def job_from(description: dict[str, Any], cls: type, kinds: Iterable[type]) -> Any:
     """The job that its `describe` described.
 
     Args:
