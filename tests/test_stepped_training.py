@@ -13,6 +13,7 @@ from residuum.cli import main
 from residuum.layers.anystep import step_of
 from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
+from residuum.layers.reversible import DriftError
 from residuum.layers.sharing import NAIVE
 from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import BACKWARD_EULER, GAUSS4, STOERMER_VERLET, TABLEAUS
@@ -47,6 +48,13 @@ def test_reversible_training_in_parts_is_ordinary_training(kind: str) -> None:
     assert rows[0]["train_loss"] == pytest.approx(history[0]["train_loss"], rel=tolerance)
     for name, value in weights.items():
         assert (others[name] - value).norm() <= tolerance * value.norm(), name
+
+
+def test_a_drift_says_in_which_step_of_the_training_it_was() -> None:
+    config = replace(SMALL, blocks=(48, 1), step=Momentum(0.3), reversible=True)
+    with pytest.raises(DriftError, match=r"^epoch 1, step 1 of 4, reversible: the state before block \d+") as refused:
+        train(ResNet(config), data(), TrainConfig(epochs=1, batch=25, lr=0.05))
+    assert refused.value.drift > refused.value.tolerance
 
 
 def test_statistics_of_batch_norm_are_bitwise_those_of_ordinary_training() -> None:

@@ -20,6 +20,7 @@ from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
 from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
+from residuum.layers.reversible import DriftError
 from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
@@ -216,6 +217,8 @@ def train(
     Raises:
         ConvergenceError: If a block's equation was not solved, forwards or backwards; the message says in which block,
             epoch and step. The checkpoint is as for the next.
+        DriftError: If a reversible stack rebuilt its states too badly; the message says in which epoch and step. The
+            checkpoint is as for the next.
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
             the last complete epoch or step before.
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
@@ -315,6 +318,9 @@ class Job:
             value = self._gradients(x, y, images)
         except ConvergenceError as error:
             raise ConvergenceError(f"epoch {at.epoch + 1}, step {at.step + 1} of {self.count}, {error}") from error
+        except DriftError as error:
+            error.args = (f"epoch {at.epoch + 1}, step {at.step + 1} of {self.count}, {error}",)
+            raise
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} in epoch {at.epoch + 1}, step {at.step + 1} of {self.count}: "
