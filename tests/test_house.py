@@ -234,7 +234,9 @@ def test_the_command_line_is_frozen() -> None:
 
     def options(command: type) -> set[str]:
         names = {field.name for field in fields(command)}
-        return names - {"common"} | ({f.name for f in fields(flags.Common)} if "common" in names else set())
+        for name, group in (("common", flags.Common), ("carried", flags.Carried)):
+            names = names - {name} | {f.name for f in fields(group)} if name in names else names
+        return names
 
     commands = {
         "demo": flags.Demo,

@@ -253,23 +253,19 @@ class Stability:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Carry out the runs that a Python function returns, each once, and go on where an earlier sweep stopped.
+class Carried:
+    """How runs are carried out.
 
     Attributes:
-        runs: path/to/file.py:function, a function without arguments that returns runs (this runs the file).
-        out: Folder of runs; what is complete in it is not repeated.
         engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
         workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
         time_limit: Minutes that a run may take.
         memory: GB that a run is known to need; the pool learns it from the largest so far.
         gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
         data_root: Folder with the official files of a data set; without it they are fetched to a cache.
-        retry_failed: Try runs that failed in an earlier sweep again.
+        retry_failed: Try runs that failed before again.
     """
 
-    runs: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.py:FUNCTION")]
-    out: Path
     engine: Literal["pool", "ray", "slurm"] = "pool"
     workers: int | None = None
     time_limit: float | None = None
@@ -277,6 +273,21 @@ class Sweep:
     gpu: float = 0.0
     data_root: Path | None = None
     retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Carry out the runs that a Python function returns, each once, and go on where an earlier sweep stopped.
+
+    Attributes:
+        runs: path/to/file.py:function, a function without arguments that returns runs (this runs the file).
+        out: Folder of runs; what is complete in it is not repeated.
+        carried: How they are carried out.
+    """
+
+    runs: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.py:FUNCTION")]
+    out: Path
+    carried: Annotated[Carried, tyro.conf.arg(name="")] = field(default_factory=Carried)
 
 
 @dataclass(frozen=True)
@@ -292,13 +303,7 @@ class Reproduce:
         list: Say which runs there are, how many are complete, and how long the others will take; run nothing.
         check: Draw and judge what is there; run nothing.
         files: NAME=FILE.npz: read a file in the place of a data set, where its official files are not at hand.
-        engine: pool: processes on this machine. ray: the Ray cluster of RAY_ADDRESS or of this machine. slurm: jobs.
-        workers: Runs at a time; without it one per processor (pool), all that there is room for (ray), 100 (slurm).
-        time_limit: Minutes that a run may take.
-        memory: GB that a run is known to need; the pool learns it from the largest so far.
-        gpu: Share of a GPU for each run, e.g. 0.25 for four runs on a card; 0: runs use processors.
-        data_root: Folder with the official files of a data set; without it they are fetched to a cache.
-        retry_failed: Try runs that failed before again.
+        carried: How the runs are carried out.
     """
 
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID...")] = ()
@@ -307,13 +312,7 @@ class Reproduce:
     list: bool = False
     check: bool = False
     files: tuple[str, ...] = ()
-    engine: Literal["pool", "ray", "slurm"] = "pool"
-    workers: int | None = None
-    time_limit: float | None = None
-    memory: float = 0.0
-    gpu: float = 0.0
-    data_root: Path | None = None
-    retry_failed: bool = False
+    carried: Annotated[Carried, tyro.conf.arg(name="")] = field(default_factory=Carried)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from residuum.flags import Reproduce
-from residuum.jobs import Job, Settings
+from residuum.jobs import Job
 from residuum.reproduce import check_data, choose, gather, listing, report, stand_ins, summary
 from residuum.runfolders import prepare
 from residuum.runs import Run
-from residuum.sweeps import sweep
-from residuum.sweepscreen import board, engine_of
+from residuum.sweepscreen import carried_out
 
 screen = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -41,7 +40,7 @@ def reproduce(flags: Reproduce, command: str) -> None:
     problem = ""
     if not flags.check and any(job.key not in results for job in choice.jobs):
         screen.print(listing(choice, results))
-        check_data(asked, flags.data_root)
+        check_data(asked, flags.carried.data_root)
         problem = _carry_out(asked, flags, command)
         results = gather(jobs, flags.out)
     notes = [f"{name} is read from {path.name}, SHA-256 {_sum(jobs, path)}." for name, path in files.items()]
@@ -74,13 +73,7 @@ def _files(given: Sequence[str]) -> dict[str, Path]:
 
 def _carry_out(jobs: Sequence[Job], flags: Reproduce, command: str) -> str:
     """The sweep; what is wrong with it in the end."""
-    settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
-    try:
-        outcome = sweep(
-            jobs, flags.out, engine_of(flags), settings=settings, retry_failed=flags.retry_failed, watch=board
-        )
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
+    outcome = carried_out(jobs, flags.out, flags.carried, command)
     rest = len(jobs) - outcome.counts.get("complete", 0)
     if not rest:
         return ""

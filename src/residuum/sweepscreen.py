@@ -1,7 +1,7 @@
 """What `residuum sweep` does and shows: the runs of a function, an engine for them, how each of them goes."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
 from residuum.engines.workers import Doing, Each, Ended, Tell
-from residuum.flags import Reproduce, Sweep
-from residuum.jobs import Settings
+from residuum.flags import Carried, Sweep
+from residuum.jobs import Job, Settings
 from residuum.loading import returned
 from residuum.sweeps import Engine, Outcome, checked
 
@@ -32,13 +32,7 @@ def sweep(flags: Sweep, command: str) -> None:
         ValueError: If a run is not complete in the end; the message says how many, and where it stands why.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
-    engine, jobs = engine_of(flags), checked(returned(flags.runs))
-    settings = Settings(data_root=flags.data_root, device="cuda" if flags.gpu else "cpu")
-    try:
-        outcome = sweeps.sweep(jobs, flags.out, engine, settings=settings, retry_failed=flags.retry_failed, watch=board)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
-    _say(outcome, flags)
+    _say(carried_out(checked(returned(flags.runs)), flags.out, flags.carried, command), flags)
 
 
 @contextmanager
@@ -83,19 +77,34 @@ def board(names: Mapping[Path, str], before: int) -> Iterator[Tell]:
         yield tell
 
 
-def engine_of(flags: Sweep | Reproduce) -> Engine:
-    """The engine that was asked for.
+def carried_out(jobs: Sequence[Job], out: Path, how: Carried, command: str) -> Outcome:
+    """The sweep of these jobs, with its bars.
 
     Args:
-        flags: The command's options.
+        jobs: What to do.
+        out: Folder of runs.
+        how: The command's options.
+        command: The command as it was typed.
+
+    Raises:
+        KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
-    each = Each(minutes=flags.time_limit, memory=flags.memory, gpu=flags.gpu)
-    if flags.engine == "ray":
-        return Ray(flags.workers, each)
-    if flags.engine == "slurm":
-        return Slurm(flags.out.absolute() / "slurm", flags.workers or Slurm.workers, each)
+    settings = Settings(data_root=how.data_root, device="cuda" if how.gpu else "cpu")
+    try:
+        return sweeps.sweep(jobs, out, _engine(how, out), settings=settings, retry_failed=how.retry_failed, watch=board)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
+
+
+def _engine(how: Carried, out: Path) -> Engine:
+    """The engine that was asked for."""
+    each = Each(minutes=how.time_limit, memory=how.memory, gpu=how.gpu)
+    if how.engine == "ray":
+        return Ray(how.workers, each)
+    if how.engine == "slurm":
+        return Slurm(out.absolute() / "slurm", how.workers or Slurm.workers, each)
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Pool(here if flags.workers is None else flags.workers, each)
+    return Pool(here if how.workers is None else how.workers, each)
 
 
 def _say(outcome: Outcome, flags: Sweep) -> None:
