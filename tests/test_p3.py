@@ -16,11 +16,12 @@ from residuum.experiments import p3_figures, p3_runs
 from residuum.experiments.p3_runs import PAPER, equal_time, with_truncation
 from residuum.jobs import Settings
 from residuum.layers.branches import Antisymmetric
+from residuum.layers.steps import Theta
 from residuum.progress import Show, quiet
 from residuum.solve import Dense, NewtonKrylov
 from residuum.toys import examples
 from residuum.toys.examples import Example
-from residuum.toys.networks import Chain, Stiff
+from residuum.toys.networks import Chain, DirectTheta, Stiff, Turning
 from residuum.toys.problems import PREY, lotka_volterra, sine, spirals, stiff
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
@@ -63,6 +64,27 @@ def test_parameters_are_the_papers(name: str, count: int) -> None:
     """Spec 4.8, check 12."""
     network = replace(PAPER[name], seeds=(0, 1)).network()
     assert sum(p.numel() for p in network.parameters()) == 2 * count
+
+
+@pytest.mark.parametrize("dt", [0.5, 2.5, 200.0])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_the_direct_solver_finds_the_solution_for_every_step(activation: str, dt: float) -> None:
+    """There is one: J is similar to a skew-symmetric matrix. Full Newton steps miss it from 2.5 on."""
+    step = Theta(0.5, dt, solver=NewtonKrylov(1e-6, linear=Dense()), adjoint=Dense(1e-6))
+    branch, draw = Turning([np.random.default_rng(m) for m in range(2)], 6, activation), np.random.default_rng(2)
+    with torch.no_grad():
+        branch.weight.mul_(3)
+        branch.bias.copy_(torch.tensor(draw.normal(size=branch.bias.shape)))
+    h = torch.tensor(3 * draw.normal(size=(200, 6)))
+    found = DirectTheta(step, branch).solve(h, throw=False)
+    assert found.converged.all()
+    y = found.value
+    missing = h + dt / 2 * (branch(h) + branch(y)) - y
+    assert (missing.norm(dim=1) <= 1e-5 * (1 + y.norm(dim=1))).all()
+    if dt < 1:
+        assert int(found.steps.max()) < 6  # full steps
+    half = DirectTheta(step, branch).solve(torch.cat([h[:50], h[100:150]]), throw=False).value
+    assert torch.equal(half[50:], found.value[100:150])  # whatever the other rows of a member are
 
 
 def test_the_stiff_solution_solves_the_equation() -> None:

@@ -111,10 +111,10 @@ def _noise(results: Results, *, to: Scale) -> "matplotlib.figure.Figure | None":
         return None
     figure, (row,) = _panels(1, 2, 4.4)
     for axes, (images, words) in zip(row, (("train", "training"), ("test", "test")), strict=True):
-        for number, (name, runs) in enumerate(there.items()):
+        for name, runs in there.items():
             sds = [float(sd) for sd in runs[0][images]]
             rows = np.array([[np.mean(draws) for draws in run[images].values()] for run in runs])
-            color = {"plain": "black", "1Lip": "0.55"}.get(name) or f"C{number - 2}"
+            color = {"plain": "black", "1Lip": "0.55"}.get(name) or f"C{list(NETWORKS).index(name) - 2}"
             axes.plot(sds, rows.mean(0), marker="o", ms=3, color=color, ls="-" if "=" in name else "--", label=name)
             axes.fill_between(sds, rows.min(0), rows.max(0), color=color, alpha=0.12)
         axes.set(xlabel="standard deviation of the noise (pixels from 0 to 1)", ylabel=f"accuracy on {words} images")

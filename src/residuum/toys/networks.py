@@ -17,6 +17,7 @@ from residuum.layers.steps import Theta
 from residuum.solve import Solution
 
 Draws = Sequence[np.random.Generator]  # one per member
+_DAMPED, _HALVED = 200, 30  # most damped steps of Newton's method, and how often one is halved
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,9 @@ class Turning(nn.Module):
 class DirectTheta(nn.Module):
     """The block of a two-point `Theta` step on `Turning`, by Newton's method with the branch's own Jacobian.
 
-    For states of a few entries; what `Theta` does with a general solver takes ten times as long there. Gradients are
-    those of the equation: the last Newton step is differentiated with its matrix held constant.
+    Full steps first; the rows that they miss are solved by damped ones. For states of a few entries; what `Theta` does
+    with a general solver takes ten times as long there. Gradients are those of the equation: the last Newton step is
+    differentiated with its matrix held constant.
 
     Args:
         step: The step; of its solver the tolerance and `max_steps` count.
@@ -133,21 +135,55 @@ class DirectTheta(nn.Module):
 
     def _newton(self, y: Tensor, known: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The solution, the matrix I - theta dt J there, steps and residuals per row."""
-        inner, f, solver = self.step.theta * self.step.dt, self.branch, self.step.solver
-        unit, transposed = torch.eye(y.shape[1], dtype=y.dtype), turn.mT[:, None]
+        start, most = y, self.step.solver.max_steps
         steps = y.new_zeros(len(y), dtype=torch.long)
-        for step in range(solver.max_steps + 1):
-            slope = f.slope(y, turn)
-            gap = torch.add(known, slope, alpha=inner).sub_(y)
-            rise = f.rise(slope).view(len(turn), -1, y.shape[1], 1)
-            matrix = torch.addcmul(unit, rise, transposed, value=-inner).flatten(0, 1)
-            residual = torch.linalg.vector_norm(gap, dim=1) / (1 + torch.linalg.vector_norm(y, dim=1))
-            active = residual > solver.tol  # not where it is nan
-            if step == solver.max_steps or not active.any():
+        for step in range(most + 1):
+            gap, matrix, residual = self._system(y, known, turn)
+            active = residual > self.step.solver.tol  # not where it is nan
+            if step == most or not active.any():
                 break
             y = torch.where(active[:, None], y + torch.linalg.solve_ex(matrix, gap)[0], y)
             steps += active
+        missed = ~(residual <= self.step.solver.tol)
+        if missed.any():
+            y, more = self._damped(torch.where(missed[:, None], start, y), known, turn, missed)
+            _, matrix, residual = self._system(y, known, turn)
+            steps += more
         return y, matrix, steps, residual
+
+    def _system(self, y: Tensor, known: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is missing at y, the matrix I - theta dt J there, and the residual of each row."""
+        inner, f = self.step.theta * self.step.dt, self.branch
+        slope = f.slope(y, turn)
+        gap = torch.add(known, slope, alpha=inner).sub_(y)
+        rise = f.rise(slope).view(len(turn), -1, y.shape[1], 1)
+        unit = torch.eye(y.shape[1], dtype=y.dtype)
+        matrix = torch.addcmul(unit, rise, turn.mT[:, None], value=-inner).flatten(0, 1)
+        return gap, matrix, torch.linalg.vector_norm(gap, dim=1) / (1 + torch.linalg.vector_norm(y, dim=1))
+
+    def _damped(self, y: Tensor, known: Tensor, turn: Tensor, missed: Tensor) -> tuple[Tensor, Tensor]:
+        """Newton's method in rows where full steps have missed the solution, and its steps.
+
+        A step is halved until the residual falls. J is similar to a skew-symmetric matrix, so I - theta dt J is never
+        singular, the equation has one solution for every dt, and the size of what is missing no other minimum.
+        """
+        steps = torch.zeros_like(missed, dtype=torch.long)
+        for _ in range(_DAMPED):
+            gap, matrix, residual = self._system(y, known, turn)
+            active = missed & (residual > self.step.solver.tol)
+            if not active.any():
+                break
+            move, size = torch.linalg.solve_ex(matrix, gap)[0], torch.linalg.vector_norm(gap, dim=1)
+            share = active.to(y)[:, None]
+            for _ in range(_HALVED):
+                missing = torch.linalg.vector_norm(self._system(y + share * move, known, turn)[0], dim=1)
+                worse = active & ~(missing <= (1 - share[:, 0] / 10) * size)
+                if not worse.any():
+                    break
+                share = torch.where(worse[:, None], share / 2, share)
+            y = torch.addcmul(y, share, move)
+            steps += active
+        return y, steps
 
 
 def _glorot(draws: Draws, inputs: int, outputs: int) -> nn.Parameter:
