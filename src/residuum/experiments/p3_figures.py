@@ -145,7 +145,7 @@ def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None"
             ax.axhline(grid.nothing, color="0.6", linewidth=1)
             ax.set(xscale="log", yscale="log", xlabel="learning rate", title=f"depth {job.depth}")
         stable = [median(stable_rate(results, job, grid.nothing).values()) for job in grid.jobs(theta)]
-        said.append(f"{' '.join(f'{rate:g}' for rate in stable)} at theta = {theta:g}")
+        said.append(f"{', '.join(f'{r:g}' if r >= grid.rates[0] else 'none' for r in stable)} at theta = {theta:g}")
     axes[0].set_ylim(min(seen) / 2, 2 * min(max(seen), 30 * grid.nothing))
     axes[0].set_ylabel("validation loss (grey: of no answer)")
     axes[0].legend()
@@ -304,24 +304,25 @@ def robustness(folders: Folders) -> Drawn:
     Source: P3 (Reshniak & Webster), the claim of robustness.
     """
     figure, ((left, right),) = _panels(1, 2, 4.4)
-    for example, folder in folders.items():
-        found = values(folder)["measured"]
-        levels = sorted(found["noise"], key=float)
-        rows = np.array([found["noise"][level] for level in levels])
-        sds = [float(level) for level in levels]
-        left.plot(sds, rows.mean(1), marker="o", label=label(example), **_line(example))
-        left.fill_between(sds, rows.min(1), rows.max(1), alpha=0.12, **_line(example))
+    lasts = []
     for place, (example, folder) in enumerate(folders.items()):
-        largest = [row[2] for row in values(folder)["measured"]["jacobian"]]
+        found = values(folder)
+        fine, measured = [why is None for why in found["failed"]], found["measured"]
+        levels = sorted(measured["noise"], key=float)
+        rows = np.array([measured["noise"][level] for level in levels])[:, fine]
+        failed = _failed(found["history"])
+        sds = [float(level) for level in levels]
+        left.plot(sds, rows.mean(1), marker="o", label=label(example) + failed, **_line(example))
+        left.fill_between(sds, rows.min(1), rows.max(1), alpha=0.12, **_line(example))
+        largest = [row[2] for row, ok in zip(measured["jacobian"], fine, strict=True) if ok]
         right.plot([place] * len(largest), largest, "o", color=_line(example)["color"])
+        lasts.append(f"{rows[-1].mean():.1%} at {_short(example)}{failed}")
     right.set(yscale="log", ylabel="largest stretching of an input's change\n(95 % quantile over validation points)")
     right.set_xticks(range(len(folders)), [fill(label(e), 11) for e in folders])
     right.tick_params(axis="x", labelsize=7)
     right.margins(x=0.2)
     left.set(xlabel="standard deviation of the noise", ylabel="accuracy on validation points")
     left.legend(fontsize=8)
-    noisy = [np.mean(values(folder)["measured"]["noise"][levels[-1]]) for folder in folders.values()]
-    lasts = [f"{accuracy:.1%} at {_short(example)}" for example, accuracy in zip(folders, noisy, strict=True)]
     _title(figure, f"Mean accuracy with noise of standard deviation {levels[-1]}", lasts)
     return figure
 
