@@ -67,7 +67,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
         made.append(_figure(f"p3-stiff-{every}", "P3, extended version", words, stiff, stiffness))
     made.append(_figure("p3-prey", "P3, extended version", "Prey and predators, seed 0.", prey, phase_plane_of_prey))
     digits = tuple(job for name in NETWORKS for job in to.noisy_networks(name))
-    words = "MNIST under noise: accuracy over its standard deviation, mean over draws and seeds."
+    words = "MNIST under noise: accuracy over its standard deviation, mean over draws."
     made.append(Figure("p3-noise", "P3, extended version", words, digits, partial(_noise, to=to)))
     for name, grid in to.grids.items():
         jobs = tuple(job for theta in (0.0, 0.5) for job in grid.jobs(theta))
@@ -101,27 +101,35 @@ def _solvers(folders: Folders) -> Drawn:
 
 
 def _noise(results: Results, *, to: Scale) -> "matplotlib.figure.Figure | None":
-    """One line per network, on the images that it was trained on (as the paper has it) and on others."""
+    """A line per network, of the seeds that all have in common; shaded: the range over all seeds of a network.
+
+    On the images that it was trained on (as the paper has it) and on others.
+    """
     found = {
-        name: [results[job.key].values["noise"] for job in to.noisy_networks(name) if job.key in results]
+        name: {job.seed: results[job.key].values["noise"] for job in to.noisy_networks(name) if job.key in results}
         for name in NETWORKS
     }
     there = {name: runs for name, runs in found.items() if runs}
-    if not there:
+    common = sorted(set.intersection(*(set(runs) for runs in there.values()))) if there else []
+    if not common:
         return None
     figure, (row,) = _panels(1, 2, 4.4)
     for axes, (images, words) in zip(row, (("train", "training"), ("test", "test")), strict=True):
         for name, runs in there.items():
-            sds = [float(sd) for sd in runs[0][images]]
-            rows = np.array([[np.mean(draws) for draws in run[images].values()] for run in runs])
+            means = {seed: [np.mean(draws) for draws in run[images].values()] for seed, run in runs.items()}
+            sds = [float(sd) for sd in runs[common[0]][images]]
             color = {"plain": "black", "1Lip": "0.55"}.get(name) or f"C{list(NETWORKS).index(name) - 2}"
-            axes.plot(sds, rows.mean(0), marker="o", ms=3, color=color, ls="-" if "=" in name else "--", label=name)
-            axes.fill_between(sds, rows.min(0), rows.max(0), color=color, alpha=0.12)
+            style = {"color": color, "ls": "-" if "=" in name else "--"}
+            axes.plot(sds, np.mean([means[seed] for seed in common], 0), marker="o", ms=3, label=name, **style)
+            everything = np.array(list(means.values()))
+            axes.fill_between(sds, everything.min(0), everything.max(0), color=color, alpha=0.12)
         axes.set(xlabel="standard deviation of the noise (pixels from 0 to 1)", ylabel=f"accuracy on {words} images")
         axes.set_ylim(0, 1.02)
     row[0].legend(fontsize=8)
-    at_noise = [f"{np.mean([np.mean(run['train']['0.7']) for run in runs]):.1%} {name}" for name, runs in there.items()]
-    _title(figure, "Right under noise of 0.7 on training images", at_noise)
+    right = {name: np.mean([np.mean(runs[seed]["train"]["0.7"]) for seed in common]) for name, runs in there.items()}
+    seeds = ", ".join(map(str, common))
+    what = f"Right under noise of 0.7 on training images, lines: seed {seeds}, shaded: all seeds"
+    _title(figure, what, [f"{share:.1%} {name}" for name, share in right.items()])
     return figure
 
 
