@@ -195,7 +195,7 @@ FIGURE = Figure("f", "page 1", "what it shows", (), lambda results: None)
 
 def test_charts_are_the_lines_that_were_drawn() -> None:
     with drawing.style():
-        figure, (left, right) = drawing.panels("It rises", 1, 2)
+        figure, (left, right) = drawing.panels("It rises:\nby 3, by 2\nor by 1", 1, 2)
         drawing.line(left, [1, 2, 4], [3.0, 2.0, 1.0], label="<b>trained</b>", number=1, spread=[0.5, 0.0, 0.25])
         left.axhline(1.5)  # lies in the axes' own coordinates: no data
         left.set(xlabel="L", ylabel="d", title="left", xscale="log", yscale="log")
@@ -203,7 +203,7 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
         right.plot([0.5], [0.25], marker="*", linestyle="none", label="point")
         right.set(xlabel="x", ylim=(0, 2))
     found = shown(FIGURE, figure)
-    assert (found.title, found.picture) == ("It rises", "")
+    assert (found.title, found.picture) == ("It rises: by 3, by 2; or by 1", "")
     (first, one), (_, two) = found.charts
     (series,) = one["series"]
     assert (first, one["x"]["log"], one["y"]["log"], one["y"]["title"]) == ("left", True, True, "d")

@@ -1,5 +1,6 @@
 """The pages of studies: figures that can be zoomed and asked, read off the drawn ones, and the table of claims."""
 
+import re
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,13 @@ def shown(figure: Figure, drawn: "Drawn") -> Shown:
         series = list(_series(axes))
         flat = flat and axes.name == "rectilinear" and bool(series)
         if series:
-            charts.append((axes.get_title(), _chart(f"{figure.id}-{number}", axes, series, label)))
-    return Shown(figure, drawn.get_suptitle(), tuple(charts), "" if flat else _picture(drawn))
+            charts.append((_flowing(axes.get_title()), _chart(f"{figure.id}-{number}", axes, series, label)))
+    return Shown(figure, _flowing(drawn.get_suptitle()), tuple(charts), "" if flat else _picture(drawn))
+
+
+def _flowing(title: str) -> str:
+    """A title without its line breaks, which a page sets anew; where one was the only mark there comes another."""
+    return re.sub(r"(?<![:;,.])\n", "; ", title).replace("\n", " ")
 
 
 def _vertical(axes: "Axes") -> str:
