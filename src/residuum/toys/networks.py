@@ -17,7 +17,8 @@ from residuum.layers.steps import Theta
 from residuum.solve import Solution
 
 Draws = Sequence[np.random.Generator]  # one per member
-_DAMPED, _HALVED = 200, 30  # most damped steps of Newton's method, and how often one is halved
+# Most damped steps of Newton's method, how often one is halved, and how many may be no improvement after that.
+_DAMPED, _HALVED, _STUCK = 200, 20, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +152,15 @@ class DirectTheta(nn.Module):
             steps += more
         return y, matrix, steps, residual
 
+    def _gap(self, y: Tensor, known: Tensor, slope: Tensor) -> Tensor:
+        """What is missing at y, of which the slope is known."""
+        return torch.add(known, slope, alpha=self.step.theta * self.step.dt).sub_(y)
+
     def _system(self, y: Tensor, known: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is missing at y, the matrix I - theta dt J there, and the residual of each row."""
         inner, f = self.step.theta * self.step.dt, self.branch
         slope = f.slope(y, turn)
-        gap = torch.add(known, slope, alpha=inner).sub_(y)
+        gap = self._gap(y, known, slope)
         rise = f.rise(slope).view(len(turn), -1, y.shape[1], 1)
         unit = torch.eye(y.shape[1], dtype=y.dtype)
         matrix = torch.addcmul(unit, rise, turn.mT[:, None], value=-inner).flatten(0, 1)
@@ -167,7 +172,7 @@ class DirectTheta(nn.Module):
         A step is halved until the residual falls. J is similar to a skew-symmetric matrix, so I - theta dt J is never
         singular, the equation has one solution for every dt, and the size of what is missing no other minimum.
         """
-        steps = torch.zeros_like(missed, dtype=torch.long)
+        steps, stuck = (torch.zeros_like(missed, dtype=torch.long) for _ in range(2))
         for _ in range(_DAMPED):
             gap, matrix, residual = self._system(y, known, turn)
             active = missed & (residual > self.step.solver.tol)
@@ -176,12 +181,15 @@ class DirectTheta(nn.Module):
             move, size = torch.linalg.solve_ex(matrix, gap)[0], torch.linalg.vector_norm(gap, dim=1)
             share = active.to(y)[:, None]
             for _ in range(_HALVED):
-                missing = torch.linalg.vector_norm(self._system(y + share * move, known, turn)[0], dim=1)
+                new = torch.addcmul(y, share, move)
+                missing = torch.linalg.vector_norm(self._gap(new, known, self.branch.slope(new, turn)), dim=1)
                 worse = active & ~(missing <= (1 - share[:, 0] / 10) * size)
                 if not worse.any():
                     break
                 share = torch.where(worse[:, None], share / 2, share)
-            y = torch.addcmul(y, share, move)
+            y = torch.addcmul(y, share, move)  # one that is no improvement leaves a kink of relu behind
+            stuck += worse
+            missed = missed & (stuck < _STUCK)
             steps += active
         return y, steps
 
