@@ -419,3 +419,13 @@ def test_exported_networks_are_saved_as_what_they_are(tmp_path: Path) -> None:
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(load_model(str(tmp_path)).model(x), plain(x))
+
+
+@pytest.mark.parametrize("bound", [0.1, 50.0])
+def test_a_limit_keeps_the_layout_of_one_channel(bound: float) -> None:
+    """Else derivatives of such a convolution take ten times as long."""
+    conv = nn.Conv2d(1, 1, 3, padding=1).to(memory_format=torch.channels_last)
+    strides = conv.weight.stride()
+    limit_(conv, bound, (6, 6))
+    assert strides == (9, 1, 3, 1)
+    assert conv.train().weight.stride() == conv.eval().weight.stride() == strides

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datafiles import write_npz
 from residuum.jobs import Settings
 from residuum.layers.lipschitz import limits
+from residuum.reproduce import check_data
 from residuum.runs import execute
 from residuum.stability import amplification
 from residuum.toys import digits
@@ -108,3 +110,17 @@ def test_it_is_a_job_that_ends_the_same_twice(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(wrong: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(TINY, **wrong)
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    colour = str(write_npz(tmp_path / "colour.npz"))
+    with pytest.raises(ValueError, match=r"noisy digits: .*colour\.npz.* has 3 channels .* must be square"):
+        replace(TINY, data=colour).first(None)
+    with pytest.raises(ValueError, match="mnits"):
+        replace(TINY, data="mnits").first(None)
+
+
+def test_missing_digits_are_asked_for_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as refused:
+        check_data([replace(TINY, data="mnist")], tmp_path)
+    assert "--files" not in str(refused.value)  # which would not help

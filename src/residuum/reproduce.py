@@ -102,15 +102,16 @@ def check_data(jobs: Iterable[Job], root: Path | None) -> None:
     """
     if root is None:
         return
-    read = [job.data for job in jobs if isinstance(job, Run | NoisyDigits)]
-    wanted = {data.name if isinstance(data, DataConfig) else data for data in read}
+    jobs = list(jobs)
+    networks = {job.data.name for job in jobs if isinstance(job, Run)}
+    digits = {job.data for job in jobs if isinstance(job, NoisyDigits)}  # which read official files only
     for source in ARCHIVES:
-        if source.name in wanted:
+        if source.name in networks | digits:
             try:
                 find(source, root)
             except FileNotFoundError as error:
-                advice = f"or read other files with --files {source.name}=FILE.npz"
-                raise FileNotFoundError(f"{error}; {advice}") from None
+                advice = f"; or read other files with --files {source.name}=FILE.npz"
+                raise FileNotFoundError(f"{error}{'' if source.name in digits else advice}") from None
 
 
 def gather(jobs: Mapping[str, Job], out: Path) -> dict[str, Finished]:

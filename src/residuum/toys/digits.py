@@ -113,13 +113,21 @@ class NoisyDigits:
             return Network(self, rows)
 
     def first(self, root: Path | None) -> Splits:
-        """The first images of both splits."""
-        return Splits(
-            *(
-                replace(part, images=part.images[: self.images], labels=part.labels[: self.images])
-                for part in load_splits(self.data, root)
+        """The first images of both splits.
+
+        Raises:
+            ValueError: If they are not square, of one channel and of at most ten classes.
+            OSError: If they are not there.
+        """
+        splits = load_splits(self.data, root)
+        channels, *size = splits.train.images.shape[1:]
+        classes = len(splits.train.classes)
+        if channels != 1 or size[0] != size[1] or classes > 10 or splits.train.labels.ndim > 1:
+            raise ValueError(
+                f"noisy digits: {self.data!r} has {channels} channels of {size[0]}x{size[1]} pixels and {classes} "
+                "classes; it must be square images of one channel, each of one of at most ten classes"
             )
-        )
+        return Splits(*(replace(p, images=p.images[: self.images], labels=p.labels[: self.images]) for p in splits))
 
     def describe(self) -> dict[str, Any]:
         """What determines the result, as JSON values, without settings that are as in the class."""
