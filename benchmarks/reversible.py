@@ -1,9 +1,10 @@
 """What reversible stacks cost beside ordinary ones and other libraries: memory, time, gradients: `make bench`.
 
-Couplings of convolution, batch norm and ReLU on halves of 16 channels of 16x16, batches of 8, float32. Memory: the most
-bytes that live at once in a training step (`residuum.bytes`), in states per block between depth 8 and 64. Gradient
-error: of all weights together, against the same weights in float64, without batch norm, which would hide it. Peers that
-are not installed are skipped by their names. One thread, processor time (timing.py).
+Couplings of convolution, batch norm and ReLU on halves of 16 channels of 16x16, batches of 8, float32; their time also
+at 32 images of 28x28, where Python's share is smaller. Memory: the most bytes that live at once in a training step
+(`residuum.bytes`), in states per block between depth 8 and 64. Gradient error: of all weights together, against the
+same weights in float64, without batch norm, which would hide it. Peers that are not installed are skipped by their
+names. One thread, processor time (timing.py).
 """
 
 import argparse
@@ -108,15 +109,15 @@ def loosely(blocks: list[nn.Module]) -> nn.Module:
     return reversible(blocks, tolerance=1e-3)
 
 
-def images() -> Tensor:
+def images(count: int = 8, side: int = 16) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(8, 16, 16, 16)
+    return torch.randn(count, 16, side, side)
 
 
-def step(make: Stack, blocks: Callable[[], list[nn.Module]]) -> Work:
+def step(make: Stack, blocks: Callable[[], list[nn.Module]], *, count: int = 8, side: int = 16) -> Work:
     torch.set_grad_enabled(True)
     warnings.simplefilter("ignore")
-    model, x = make(blocks()).train(), images().requires_grad_()
+    model, x = make(blocks()).train(), images(count, side).requires_grad_()
 
     def work() -> None:
         model(x).square().mean().backward()
@@ -189,12 +190,15 @@ def main() -> None:
             print(f"| momentumnet, the same | | | | {errors} |", flush=True)
     print(heading(pairs))
     couple = partial(couplings, 64)
-    for name, make in sides.items():
-        if name != "plain":
-            found, base = ratio(Side(partial(step, make, couple)), Side(partial(step, plain, couple)), pairs=pairs)
-            print(
-                row(f"couplings at depth 64, {name} / plain", found, base, 1.5 if name == "ours" else None), flush=True
-            )
+    for count, side, limit in ((32, 28, 1.5), (8, 16, None)):
+        timed = partial(step, count=count, side=side)
+        for name, make in sides.items():
+            if name != "plain":
+                found, base = ratio(
+                    Side(partial(timed, make, couple)), Side(partial(timed, plain, couple)), pairs=pairs
+                )
+                what = f"couplings at depth 64, {count} images of {side}x{side}, {name} / plain"
+                print(row(what, found, base, limit if name == "ours" else None), flush=True)
     momentum = partial(momenta, None, 64)
     for name, make, base_of in (("ours / plain", reversible, plain), ("momentumnet / storing", forgets, stores)):
         if base_of is plain or find_spec("momentumnet"):

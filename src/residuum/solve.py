@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -275,6 +276,13 @@ class _Linear(Function):
         raise _no_vmap()
 
 
+def _linear(v: Tensor, there: Map, back: Map) -> Tensor:
+    """A linear map, with derivatives where somebody may ask for them."""
+    if torch.is_grad_enabled() or transforms() or forward_ad._current_level >= 0:
+        return _Linear.apply(v, there, back)
+    return there(v)
+
+
 class _Once(Function):
     """The value y, with the right first derivatives from `first` = f(y): (I - J)^-1 of its own."""
 
@@ -291,7 +299,7 @@ class _Once(Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple:
         if g is None:
             return None, None, None
-        return _Linear.apply(g, ctx.maps.adjoint, ctx.maps.inverse), None, None
+        return _linear(g, ctx.maps.adjoint, ctx.maps.inverse), None, None
 
     @staticmethod
     def jvp(ctx: Any, first: Tensor, *_: None) -> Tensor:
@@ -319,7 +327,7 @@ class _Twice(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         maps = ctx.maps
-        v = _Linear.apply(g, maps.adjoint, maps.inverse)
+        v = _linear(g, maps.adjoint, maps.inverse)
         if not torch.is_grad_enabled():  # nobody will differentiate this pass
             return v, None, None, None
         return None, v, -_Linear.apply(v, maps.pull, maps.push), None
@@ -332,6 +340,10 @@ class _Twice(Function):
     @staticmethod
     def vmap(*_: Any) -> None:
         raise _no_vmap()
+
+
+for _function in (_Linear, _Once, _Twice):  # torch asks for it at each use; making it up takes longer than the rest
+    _function.forward.__signature__ = signature(_function.forward)
 
 
 def _judge(what: str, solver: Solver | LinearSolver, record: Record, throw: bool) -> None:
