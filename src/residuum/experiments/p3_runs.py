@@ -211,6 +211,7 @@ SCALES = {
 _COUNTS = {"sine": 100, "spirals": 513, "stiff": 5, "lotka_volterra": 7}  # training examples
 _MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5}  # a block in a training step of `_TOGETHER` members
 _NOISY = {"free": 28, "unit": 33, "stable": 55, "implicit": 150}  # a step of all blocks, in milliseconds
+_DAMPED = 6  # times as long with the largest rates of the spirals' grid, whose equations need damped steps
 _TOGETHER = 25  # members that cost about as much as one
 
 
@@ -227,7 +228,8 @@ def minutes(job: Job) -> float | None:
         return None
     steps = job.epochs * (math.ceil(_COUNTS[job.problem] / job.batch) if job.batch else 1)
     kind = "explicit" if job.theta == 0 else "direct" if job.solver == "direct" else "other"
-    return steps * job.depth * _MILLISECONDS[kind] / 60_000 * max(1.0, len(job.members) / _TOGETHER)
+    damped = _DAMPED if kind == "direct" and job.problem == "spirals" and len(job.rates) > 1 else 1
+    return steps * job.depth * _MILLISECONDS[kind] / 60_000 * damped * max(1.0, len(job.members) / _TOGETHER)
 
 
 BySeed = dict[int, float | int]
