@@ -33,6 +33,7 @@ ROWS = [
         "effects",
     ],
     ["solvers", "descriptions"],
+    ["derivatives"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers", "drawing"],
     ["models", "profiles", "titles", "facts", "stability", "penalties", "solving"],

@@ -409,6 +409,51 @@ def test_transforms() -> None:
         jvp(lambda W: jvp(ours, (W,), (T,))[1], (W,), (T,))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("start", [0.7, 0.0])  # at 0 the second derivatives are 0 and the third are not
+def test_third_derivatives_are_refused(start: float) -> None:
+    def value(p: Tensor) -> Tensor:
+        return fixed_point(lambda x: 0.8 * torch.tanh(x) + p, torch.zeros_like(p), Anderson(TIGHT)).value.sum()
+
+    p = torch.full((1, 1), start, dtype=torch.float64, requires_grad=True)
+    found = value(p)
+    for order in (1, 2):
+        (found,) = torch.autograd.grad(found.sum(), p, create_graph=True)
+        assert found.isfinite().all(), order
+    with pytest.raises(NotImplementedError, match=r"third derivatives.*unrolled"):
+        torch.autograd.grad(found.sum(), p)
+    grad, jvp = torch.func.grad, torch.func.jvp
+    second = lambda p: grad(lambda p: grad(value)(p).sum())(p).sum()  # noqa: E731
+    along = lambda p: jvp(grad(value), (p,), (torch.ones_like(p),))[1].sum()  # noqa: E731
+    for third in (
+        lambda p: grad(second)(p),
+        lambda p: jvp(second, (p,), (torch.ones_like(p),)),
+        lambda p: grad(lambda p: grad(along)(p).sum())(p),
+    ):
+        with pytest.raises(NotImplementedError, match="third derivatives"):
+            third(p.detach())
+
+
+def test_what_needs_no_third_derivatives_is_not_refused() -> None:
+    """Three passes of which two differentiate by the solution; a loss of values and gradients together."""
+    W, c = problem()
+    u, t = torch.ones_like(c, requires_grad=True), torch.ones_like(W, requires_grad=True)
+    found = []
+    for solve in (lambda f, x: fixed_point(f, x, Anderson(TIGHT)).value, oracles.unrolled):
+        y = solve(field(W, c), torch.zeros_like(c))
+        (pulled,) = torch.autograd.grad(y, W, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, u, torch.ones_like(pulled), create_graph=True)  # J v by two pulls
+        by_weight = torch.autograd.grad(pushed.square().sum(), W, retain_graph=True)
+        (slope,) = torch.autograd.grad(y.square().sum(), W, create_graph=True)
+        loss = y.square().sum() + slope.square().sum()
+        by_all = torch.autograd.grad(loss, (W, c), create_graph=True)
+        (product,) = torch.autograd.grad((slope * t).sum(), W, create_graph=True)  # of the Hessian with t
+        by_vector = torch.autograd.grad(product.sum(), t)
+        found.append((y, pushed, *by_weight, *by_all, *by_vector))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_autocast_solves_in_float32() -> None:
     net = nn.Linear(6, 6)
     net.weight.data /= 4

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import signature
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
+from residuum.derivatives import Maps, differentiable, no_vmap
 from residuum.linear import GMRES, BiCGStab, Dense, LinearSolver, Map, Neumann, Record
 from residuum.solvers import (
     Anderson,
@@ -92,7 +91,7 @@ def fixed_point(
     An example is finished when `|f(x) - x| <= tol (1 + |x|)`. It is then left as it is while the others go on, so its
     answer is bitwise the same whatever the other rows hold, provided that f treats examples independently. Gradients
     reach all tensors that f captures (parameters, inputs), not x0. With v from `(I - J^T) v = g` the gradient is
-    `(df/dp)^T v`; its error is proportional to the residual. Third derivatives are not right. `torch.func.grad`, `vjp`
+    `(df/dp)^T v`; its error is proportional to the residual. Third derivatives are refused. `torch.func.grad`, `vjp`
     and `jvp` work, `vmap` does not. Under autocast everything here runs in float32.
 
     Args:
@@ -109,7 +108,7 @@ def fixed_point(
         TypeError: If f gives no tensor, or x0 is not of floating point.
         ValueError: If f gives another shape or precision, holds a batch norm in training mode, or a tolerance is below
             what the precision can resolve.
-        NotImplementedError: Under `torch.vmap`, or a jvp inside a jvp.
+        NotImplementedError: Under `torch.vmap`, or a jvp inside a jvp; from the pass that asks for third derivatives.
 
     Source: implicit function theorem; Bai, Kolter & Koltun (2019), theorem 1, for the first derivative.
     """
@@ -213,9 +212,8 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
             return of(v)
 
     push, pull = at_y.push, at_y.pull
-    maps = _Maps(partial(product, push), partial(product, pull), partial(inverse, push), partial(inverse, pull))
-    once = _Once.apply(at_y.value, y, maps)
-    value = _Twice.apply(at_y.value, f.f(once), once, maps)
+    maps = Maps(partial(product, push), partial(product, pull), partial(inverse, push), partial(inverse, pull))
+    value = differentiable(f.f, at_y.value, y, maps)
     return replace(solution, value=value, evaluations=count + 1)
 
 
@@ -232,118 +230,6 @@ def _depends(at_y: Linearised) -> bool:
                 return True
             todo += [after for after, _ in node.next_functions]
     return False
-
-
-@dataclass(frozen=True, eq=False)
-class _Maps:
-    """v -> J v and J^T v, and v -> (I - J)^-1 v and its transpose, with J constant."""
-
-    push: Map
-    pull: Map
-    inverse: Map
-    adjoint: Map
-
-
-def _no_vmap() -> NotImplementedError:
-    return NotImplementedError(
-        "fixed_point does not work under torch.vmap, which allows no loop that ends when all have converged; "
-        "it solves every example along dimension 0 on its own, so batch there"
-    )
-
-
-class _Linear(Function):
-    """A linear map, given with its transpose."""
-
-    @staticmethod
-    def forward(v: Tensor, there: Map, back: Map) -> Tensor:
-        return there(v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.maps = inputs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
-        there, back = ctx.maps
-        return _Linear.apply(g, back, there), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, v: Tensor, *_: None) -> Tensor:
-        return _Linear.apply(v, *ctx.maps)
-
-    @staticmethod
-    def vmap(*_: Any) -> None:
-        raise _no_vmap()
-
-
-def _linear(v: Tensor, there: Map, back: Map) -> Tensor:
-    """A linear map, with derivatives where somebody may ask for them."""
-    if torch.is_grad_enabled() or transforms() or forward_ad._current_level >= 0:
-        return _Linear.apply(v, there, back)
-    return there(v)
-
-
-class _Once(Function):
-    """The value y, with the right first derivatives from `first` = f(y): (I - J)^-1 of its own."""
-
-    @staticmethod
-    def forward(first: Tensor, y: Tensor, maps: _Maps) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.maps = inputs[2]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple:
-        if g is None:
-            return None, None, None
-        return _linear(g, ctx.maps.adjoint, ctx.maps.inverse), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, first: Tensor, *_: None) -> Tensor:
-        return _Linear.apply(first, ctx.maps.inverse, ctx.maps.adjoint)
-
-    @staticmethod
-    def vmap(*_: Any) -> None:
-        raise _no_vmap()
-
-
-class _Twice(Function):
-    """The value y, with the right first derivatives from `first`, and those with the right ones from `second` = f(y1).
-
-    The derivatives of `second - J y1` are those of `first` in value, and themselves differentiable.
-    """
-
-    @staticmethod
-    def forward(first: Tensor, second: Tensor, once: Tensor, maps: _Maps) -> Tensor:
-        return once.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.maps = inputs[3]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
-        maps = ctx.maps
-        v = _linear(g, maps.adjoint, maps.inverse)
-        if not torch.is_grad_enabled():  # nobody will differentiate this pass
-            return v, None, None, None
-        return None, v, -_Linear.apply(v, maps.pull, maps.push), None
-
-    @staticmethod
-    def jvp(ctx: Any, first: Tensor, second: Tensor, once: Tensor, _: None) -> Tensor:
-        maps = ctx.maps
-        return _Linear.apply(second - _Linear.apply(once, maps.push, maps.pull), maps.inverse, maps.adjoint)
-
-    @staticmethod
-    def vmap(*_: Any) -> None:
-        raise _no_vmap()
-
-
-for _function in (_Linear, _Once, _Twice):  # torch asks for it at each use; making it up takes longer than the rest
-    _function.forward.__signature__ = signature(_function.forward)
 
 
 def _judge(what: str, solver: Solver | LinearSolver, record: Record, throw: bool) -> None:
@@ -372,7 +258,7 @@ def _check_tolerance(solver: Solver | LinearSolver, dtype: torch.dtype) -> None:
 def _check(f: Map, x0: Tensor) -> None:
     """Refuse what cannot be solved: transforms, starts, and batch norm that every evaluation would update."""
     if "Vmap" in transforms():
-        raise _no_vmap()
+        raise no_vmap()
     if transforms().count("Jvp") > 1:  # torch gets forward mode over forward mode of autograd functions wrong
         raise NotImplementedError("fixed_point: no jvp inside a jvp; take grad or vjp for one of them")
     if not x0.is_floating_point():
