@@ -22,10 +22,10 @@ demo: .venv/core
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/residuum demo
 
 test: .venv/dev
-	$(ONE) $(BIN)/pytest -q -n 2 -m 'not slow'
+	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
 test-all: .venv/dev
-	$(ONE) $(BIN)/pytest -q -n 2
+	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal
 
 lint: .venv/dev
 	$(BIN)/ruff check .
