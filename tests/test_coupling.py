@@ -296,6 +296,32 @@ def test_networks_that_cannot_be_coupled_are_refused_before_the_first_step(digit
         train(shared, digits, TrainConfig(coupling=Coupling()))
 
 
+def test_parameters_correspond_by_name_and_not_by_the_order_of_making() -> None:
+    class Block(nn.Module):
+        def __init__(self, order: str) -> None:
+            super().__init__()
+            for name in order:
+                setattr(self, name, nn.Linear(3, 3))
+                setattr(self, f"{name}_norm", nn.BatchNorm1d(3))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.b_norm(self.b(torch.relu(self.a_norm(self.a(h)))))
+
+    blocks = [Block("ab"), Block("ba")]
+    for block in blocks:
+        for name, p in block.named_parameters():
+            p.grad = torch.full_like(p, 1.0 if name.startswith("a") else 3.0)
+    couple_gradients_(blocks, 1.0)
+    for block in blocks:
+        assert all((p.grad == (1.0 if name.startswith("a") else 3.0)).all() for name, p in block.named_parameters())
+    blocks[0](torch.randn(8, 3))
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    assert achieved_sharing(blocks)["sharing"] == 1
+    x = torch.randn(4, 3)
+    for couple in ("weights", "all"):
+        assert torch.equal(tied(blocks, couple=couple)[1].eval()(x), blocks[1].eval()(x))
+
+
 def test_what_cannot_be_coupled_is_refused() -> None:
     with pytest.raises(ValueError, match=r"coupling strength is 1\.5; it must lie in \[0, 1\]"):
         Coupling(1.5)

@@ -84,6 +84,11 @@ def test_undefined_examples_are_left_out_of_their_column() -> None:
     assert over_examples(table, lambda means: means[0], draws=20).value == 2.0
 
 
+def test_one_example_says_nothing_about_others() -> None:
+    effect = over_examples(np.array([[0.7]]), lambda means: means[0], draws=20)
+    assert (effect.value, effect.low, effect.high) == (0.7, -math.inf, math.inf)
+
+
 @pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (87, 10_000)])
 def test_shares_have_the_exact_interval(count: int, n: int) -> None:
     expected = stats.binomtest(count, n).proportion_ci(0.95, method="exact")

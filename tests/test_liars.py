@@ -178,6 +178,26 @@ class ChangesDataInBlocks(Net):
     kind = ChangesData
 
 
+class DetachesBetween(Net):
+    """Trains its blocks one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for cell in self.cells:
+            h = cell(h.detach())
+        return self.head(h)
+
+
+class HooksBetween(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for cell in self.cells:
+            h = cell(h)
+            if h.requires_grad:
+                h.register_hook(lambda g: 0 * g)
+        return self.head(h)
+
+
 class Checkpoints(Net):
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
@@ -224,6 +244,8 @@ REFUSED = {
     ZeroGatedSkip: 'the output comes also from what block "cells.0" gave',
     AddsOutside: "comes also from the first state",
     ChangesDataInBlocks: "differs",
+    DetachesBetween: 'what block "cells.1" gets from the one before it is detached',
+    HooksBetween: 'what block "cells.1" gets .* has a gradient hook',
     Checkpoints: "switches gradients off around block",
     InferenceOnly: "torch.inference_mode",
 }
@@ -286,6 +308,10 @@ def test_masks_given_by_position_are_seen() -> None:
 
     x, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.long)
     assert cut(Masked().eval(), (x, mask)).mask.shape == (2, 5)
+    mask[1, 3:] = 0
+    added = torch.where(mask > 0, 0.0, -1e9)  # to scores
+    for given in (mask, mask.float(), added):
+        assert torch.equal(cut(Masked().eval(), (x, given)).mask, mask.bool())
 
 
 def test_a_class_with_another_cut_is_cut_from_outside() -> None:

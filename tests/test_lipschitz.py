@@ -368,6 +368,11 @@ def test_weights_that_change_in_eval_mode_are_seen(fused: bool) -> None:
     assert true_norm(conv, (6, 6)) == pytest.approx(0.5, rel=0.005)
     conv.parametrizations.weight.original.data.mul_(4)
     assert true_norm(conv, (6, 6)) == pytest.approx(0.5, rel=0.005)
+    conv.parametrizations.weight.original.data.abs_()  # keeps the Euclidean norm
+    assert true_norm(conv, (6, 6)) == pytest.approx(0.5, rel=0.005)
+    weight = conv.parametrizations.weight.original.data
+    weight.copy_(weight.flatten().sort().values.view_as(weight))
+    assert true_norm(conv, (6, 6)) == pytest.approx(0.5, rel=0.005)
 
 
 def test_memory_layout_and_inference_mode_change_nothing() -> None:

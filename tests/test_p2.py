@@ -11,7 +11,8 @@ import pytest
 
 from residuum import drawing
 from residuum.claims import Judged, Study, judge
-from residuum.experiments import PAPERS, SCALES, study
+from residuum.effects import mean_over
+from residuum.experiments import PAPERS, SCALES, p2_verdicts, study
 from residuum.experiments.costs import network_minutes
 from residuum.experiments.p2_runs import (
     CROSSING,
@@ -106,6 +107,19 @@ def test_crossings_lie_between_depths() -> None:
     assert crossing({20: 0.2, 80: 0.05}) == pytest.approx(40)  # 4 / L
     assert crossing({20: 0.2, 40: 0.11}) == math.inf
     assert crossing({20: 0.05, 40: 0.02}) == 20
+
+
+@pytest.mark.parametrize(
+    ("depths", "verdict"), [([20.0, 64.0], "inconclusive"), ([64.0, 64.0, 63.0], "fail"), ([64.0], "inconclusive")]
+)
+def test_depths_that_no_network_reached_fail_by_their_whole_interval(
+    depths: list[float], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p2_verdicts, "_observed", lambda *_, **__: (mean_over(depths), 1))
+    found = p2_verdicts.crossed({}, sweep={}, section=0, expected=24)  # 18 to 30
+    assert found.verdict == verdict
+    assert found.value.startswith("above")
+    assert found.effects
 
 
 def test_shapes_of_steps() -> None:

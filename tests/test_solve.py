@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import oracles_solve as oracles
 from residuum.solve import (
@@ -427,11 +427,44 @@ def test_third_derivatives_are_refused(start: float) -> None:
     along = lambda p: jvp(grad(value), (p,), (torch.ones_like(p),))[1].sum()  # noqa: E731
     for third in (
         lambda p: grad(second)(p),
+        lambda p: grad(along)(p),
         lambda p: jvp(second, (p,), (torch.ones_like(p),)),
         lambda p: grad(lambda p: grad(along)(p).sum())(p),
     ):
         with pytest.raises(NotImplementedError, match="third derivatives"):
             third(p.detach())
+
+
+def test_a_third_derivative_of_one_example_is_refused_beside_another_large_one() -> None:
+    p = torch.tensor([[0.3], [0.7]], dtype=torch.float64, requires_grad=True)
+    y = fixed_point(lambda x: 0.8 * torch.tanh(x) + p, torch.zeros_like(p), Anderson(TIGHT)).value
+    (slope,) = torch.autograd.grad(y.sum(), p, create_graph=True)
+    (found,) = torch.autograd.grad((1e12 * y[0] + slope[1]).sum(), p, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        torch.autograd.grad(found[1].sum(), p)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch.func.jvp's own
+def test_forward_mode_over_a_backward_that_records_nothing() -> None:
+    """A product with the Hessian as the tangent of an ordinary gradient."""
+    W, c = problem()
+    T = torch.randn_like(W)
+    found = []
+    for solve in (lambda f, x: fixed_point(f, x, Anderson(TIGHT)).value, oracles.unrolled):
+
+        def loss(W: Tensor, solve: Callable = solve) -> Tensor:
+            return solve(field(W, c), torch.zeros_like(c)).square().sum()
+
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(W, T)
+            (gradient,) = torch.autograd.grad(loss(dual), dual)
+            plain = forward_ad.unpack_dual(gradient)
+        with torch.no_grad():
+            pulled = lambda W, loss=loss: torch.func.vjp(loss, W)[1](torch.ones((), dtype=W.dtype))[0]  # noqa: E731
+            functional = torch.func.jvp(pulled, (W.detach(),), (T,))
+        found.append((plain.primal, plain.tangent, *functional))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_what_needs_no_third_derivatives_is_not_refused() -> None:
@@ -490,9 +523,9 @@ def test_bad_settings_are_refused() -> None:
         (lambda x: (x,), torch.zeros(2, 3), TypeError, "must give a tensor; it gave tuple"),
         (torch.tanh, torch.zeros(2, 3, dtype=torch.long), TypeError, "floating point; it is torch.int64"),
         (torch.tanh, torch.zeros(()), ValueError, "x0 has no dimensions"),
-        (nn.BatchNorm1d(3), torch.zeros(2, 3), ValueError, "f is a BatchNorm1d in training mode.*group norm"),
+        (nn.BatchNorm1d(3), torch.zeros(2, 3), ValueError, "f is a BatchNorm1d with.*group norm"),
         (nn.Sequential(nn.BatchNorm1d(3)).forward, torch.zeros(2, 3), ValueError, "0 is a BatchNorm1d"),
-        (partial(nn.BatchNorm1d(3)), torch.zeros(2, 3), ValueError, "BatchNorm1d in training mode"),
+        (partial(nn.BatchNorm1d(3)), torch.zeros(2, 3), ValueError, "BatchNorm1d with statistics of the batch"),
         (torch.tanh, torch.zeros(2, 3).bfloat16(), ValueError, r"tol=1.0e-06 is below what torch.bfloat16.*3.9e-02"),
     ],
 )
@@ -501,11 +534,24 @@ def test_bad_maps_and_starts_are_refused(f: Callable, x0: Tensor, error: type[Ex
         inspect.unwrap(fixed_point)(f, x0, Anderson())  # without the tests' own check of the annotations
 
 
-def test_batch_norm_in_a_closure_is_found_and_not_updated() -> None:
-    norm = nn.BatchNorm1d(3)
-    with pytest.raises(ValueError, match="BatchNorm1d in training mode"):
-        fixed_point(lambda x: norm(x) / 2, torch.zeros(2, 3), Anderson())
-    assert int(norm.num_batches_tracked) == 0
+NORM = nn.BatchNorm1d(3)
+
+
+def test_batch_norm_that_f_uses_is_found_and_not_updated() -> None:
+    norm, several = nn.BatchNorm1d(3), {"first": nn.BatchNorm1d(3)}
+    each = nn.BatchNorm1d(3, track_running_stats=False).eval()  # has no statistics but the batch's
+    maps: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda x: norm(x) / 2,
+        partial(lambda x: norm(x) / 2),
+        lambda x: several["first"](x) / 2,
+        lambda x: NORM(x) / 2,
+        lambda x: each(x) / 2,
+    )
+    for f in maps:
+        with pytest.raises(ValueError, match="BatchNorm1d with statistics of the batch"):
+            fixed_point(f, torch.zeros(2, 3), Anderson())
+    assert int(norm.num_batches_tracked) == int(NORM.num_batches_tracked) == 0
+    fixed_point(nn.InstanceNorm1d(3), torch.zeros(2, 3, 4), Anderson())  # of each example by itself
 
 
 def test_a_tolerance_below_machine_precision_is_refused() -> None:

@@ -363,6 +363,15 @@ def test_pairs_have_exact_inverses(
         assert (after - h).abs().max() > 1e-2
 
 
+def test_the_inverse_is_refused_where_dropout_would_be_another() -> None:
+    block = Verlet(0.5)(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), nn.Linear(3, 3))
+    h = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"Dropout in training mode draws other numbers.*reversible\(\)"):
+        block.inverse(block(h))
+    block.eval()
+    assert torch.allclose(block.inverse(block(h)), h, atol=1e-6)
+
+
 def test_additive_is_the_coupling_of_revnets() -> None:
     f, g, h = Dense(2), Dense(2), torch.randn(3, 4)
     y, z = h.chunk(2, 1)

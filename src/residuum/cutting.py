@@ -242,7 +242,11 @@ def _mask(model: nn.Module, x: Any) -> Tensor | None:
     if isinstance(x, tuple | list):
         x = dict(zip(signature(model.forward).parameters, x, strict=False))
     mask = x.get("attention_mask") if isinstance(x, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if mask.is_floating_point() and bool((mask < 0).any()):  # added to scores: 0 where tokens count
+        return mask >= 0
+    return mask.bool()
 
 
 def _check_input(x: Any) -> None:

@@ -89,31 +89,45 @@ class _Linear(Function):
         raise no_vmap()
 
 
+def _forwards() -> bool:
+    """Whether forward mode is at work."""
+    return forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    """Whether somebody may differentiate what is computed here."""
+    return torch.is_grad_enabled() or _forwards() or bool(transforms())
+
+
 def _linear(v: Tensor, there: Map, back: Map) -> Tensor:
     """A linear map, with derivatives where somebody may ask for them."""
-    if torch.is_grad_enabled() or transforms() or forward_ad._current_level >= 0:
-        return _Linear.apply(v, there, back)
-    return there(v)
+    return _Linear.apply(v, there, back) if _watched() else there(v)
 
 
 class _Third(Function):
-    """Zeros in the shape of the solution, which refuse to be differentiated by it."""
+    """Zeros in the shape of the solution, which refuse to be differentiated by it.
+
+    One jvp may be allowed; its tangent is then such zeros as well, whose jvp is not.
+    """
 
     @staticmethod
-    def forward(once: Tensor) -> Tensor:
+    def forward(once: Tensor, jvp: bool) -> Tensor:
         return torch.zeros_like(once)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
+        ctx.save_for_forward(inputs[0])
+        ctx.allowed = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> None:
         raise _no_third()
 
     @staticmethod
-    def jvp(ctx: Any, once: Tensor) -> None:
-        raise _no_third()
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        if not ctx.allowed:
+            raise _no_third()
+        return _Third.apply(*ctx.saved_tensors, False)
 
     @staticmethod
     def vmap(*_: Any) -> None:
@@ -143,9 +157,10 @@ class _Once(Function):
             return None, None, None
         total = against if g is None else g if against is None else g + against
         v = _linear(total, ctx.maps.adjoint, ctx.maps.inverse)
-        if torch.is_grad_enabled() and not _cancel(total, against):
-            v = v + _Third.apply(*ctx.saved_tensors)
-        return v, None, None
+        first = _cancel(total, against)
+        if not _watched() or (first and not _forwards()):
+            return v, None, None
+        return v + _Third.apply(*ctx.saved_tensors, first), None, None  # a tangent of the first is a second derivative
 
     @staticmethod
     def jvp(ctx: Any, first: Tensor, *_: None) -> tuple[Tensor, Tensor]:
@@ -158,8 +173,11 @@ class _Once(Function):
 
 
 def _cancel(total: Tensor, against: Tensor | None) -> bool:
-    """Whether what is left beside `against` is rounding."""
-    return against is not None and bool(total.norm() <= torch.finfo(total.dtype).eps ** 0.5 * against.norm())
+    """Whether in every example what is left beside `against` is rounding."""
+    if against is None:
+        return False
+    left, whole = (torch.linalg.vector_norm(t.unsqueeze(-1).flatten(1), dim=1) for t in (total, against))
+    return bool((left <= torch.finfo(total.dtype).eps ** 0.5 * whole).all())
 
 
 class _Twice(Function):
@@ -180,7 +198,7 @@ class _Twice(Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         maps = ctx.maps
         v = _linear(g, maps.adjoint, maps.inverse)
-        if not torch.is_grad_enabled():  # nobody will differentiate this pass
+        if not _watched():
             return v, None, None, None
         return None, v, -_Linear.apply(v, maps.pull, maps.push), None
 
@@ -194,10 +212,6 @@ class _Twice(Function):
         raise no_vmap()
 
 
-for _function in (
-    _Linear,
-    _Once,
-    _Twice,
-    _Third,
-):  # torch asks for it at each use; making it up takes longer than the rest
+# torch asks for signatures at each use; making them up takes longer than the rest.
+for _function in (_Linear, _Once, _Twice, _Third):
     _function.forward.__signature__ = signature(_function.forward)

@@ -136,7 +136,8 @@ def over_examples(
         level: Of the interval.
 
     Returns:
-        The effect. It says what other examples would give for these networks, and nothing about other seeds.
+        The effect. It says what other examples would give for these networks, and nothing about other seeds. Of one
+        example its interval is everything.
     """
     generator, n = np.random.default_rng(seed), len(values)
     known, filled = ~np.isnan(values), np.nan_to_num(values)
@@ -147,7 +148,7 @@ def over_examples(
 
     found = [of(np.bincount(generator.integers(n, size=n), minlength=n).astype(float)) for _ in range(draws)]
     tail = (1 - level) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
     return Effect(of(np.ones(n)), float(low), float(high), n, "examples", level)
 
 

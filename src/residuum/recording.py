@@ -151,6 +151,11 @@ class Recording:
             )
         h = args[slot] if isinstance(slot, int) else kwargs[slot]
         linked = self._linked(h)
+        if linked and (not h.requires_grad or h._backward_hooks):
+            raise ValueError(
+                f'cut: what block "{name}" gets from the one before it is detached, or has a gradient hook, which '
+                "a run would not repeat: its parameter gradients would not be the model's; do that inside a block"
+            )
         self._check_source(h, f'block "{name}" gets')
         if not self.calls:
             self.first = h.grad_fn or (h if h.requires_grad else None)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from residuum.derivatives import Maps, differentiable, no_vmap
 from residuum.linear import GMRES, BiCGStab, Dense, LinearSolver, Map, Neumann, Record
@@ -267,21 +268,41 @@ def _check(f: Map, x0: Tensor) -> None:
         raise ValueError("fixed_point: x0 has no dimensions; examples lie along dimension 0")
     for module in _modules(f):
         for name, part in module.named_modules():
-            if isinstance(part, _NormBase) and part.training and part.track_running_stats:
+            if of_the_batch(part):
                 raise ValueError(
-                    f"fixed_point: {name or 'f'} is a {type(part).__name__} in training mode, which every evaluation "
-                    "of f would update and which ties the examples together; use group norm or none, or .eval()"
+                    f"fixed_point: {name or 'f'} is a {type(part).__name__} with statistics of the batch, which every "
+                    "evaluation of f would update or which tie the examples together; use group norm or none, or "
+                    ".eval()"
                 )
 
 
+def of_the_batch(module: nn.Module) -> bool:
+    """Whether a module is a norm that updates statistics, or with statistics of the batch at hand.
+
+    Args:
+        module: The module; its parts do not count.
+    """
+    if not isinstance(module, _NormBase):
+        return False
+    ties = module.running_mean is None and not isinstance(module, _InstanceNorm)
+    return ties or (module.training and module.track_running_stats)
+
+
 def _modules(f: object) -> Iterator[nn.Module]:
-    """The modules that a callable is, is a method of, or holds in its closure or as arguments of a partial."""
+    """The modules that a callable is, is a method of, has as arguments of a partial, in its closure or as globals.
+
+    Also those in lists, tuples and dictionaries there.
+    """
+    held = [f, getattr(f, "__self__", None)]
     if isinstance(f, partial):
-        held = [f.func, *f.args, *f.keywords.values()]
-    else:
-        cells = getattr(f, "__closure__", None) or ()
-        held = [f, getattr(f, "__self__", None)]
-        for cell in cells:
-            with suppress(ValueError):  # a name that has no value yet
-                held.append(cell.cell_contents)
-    yield from (thing for thing in held if isinstance(thing, nn.Module))
+        yield from _modules(f.func)
+        held += [*f.args, *f.keywords.values()]
+    for cell in getattr(f, "__closure__", None) or ():
+        with suppress(ValueError):  # a name that has no value yet
+            held.append(cell.cell_contents)
+    if code := getattr(f, "__code__", None):
+        known = f.__globals__
+        held += [known[name] for name in code.co_names if name in known]
+    for thing in held:
+        parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else (thing,)
+        yield from (part for part in parts if isinstance(part, nn.Module))

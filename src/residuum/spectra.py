@@ -236,7 +236,7 @@ def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm
 
 def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
     works_as = type(layer).forward  # a class derived from torch's may do something else
-    if works_as is nn.Conv2d.forward:
+    if works_as is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward:
         return guaranteed_norm(layer, size) if layer.padding_mode == "zeros" else None
     if works_as is nn.Linear.forward:
         return guaranteed_norm(layer)

@@ -262,7 +262,7 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
                 f"blocks 0 and {number} cannot be coupled: {name!r} has shape {first.get(name)} in the first and "
                 f"{given.get(name)} in the other; couple blocks of one shape"
             )
-    rows = list(zip(*(table.values() for table in tables), strict=True))
+    rows = [tuple(table[name] for table in tables) for name in first]  # by name: the order of making may differ
     if not tied and any(len({id(p) for p in row}) < len(row) for row in rows):
         raise ValueError(
             "some of these blocks are one and the same or have tied parameters; there is nothing to couple"
@@ -282,7 +282,8 @@ def _one_statistics_(blocks: Blocks) -> None:
 
     A running statistic is linear in the batches, so it does not matter whether this happens after each step.
     """
-    for norms in zip(*(block.modules() for block in blocks), strict=True):
+    tables = [dict(block.named_modules()) for block in blocks]
+    for norms in ([table[place] for table in tables] for place in tables[0]):
         for name in ("running_mean", "running_var"):
             row = [getattr(norm, name, None) for norm in norms]
             if row[0] is not None:

@@ -79,11 +79,16 @@ def check_still(module: nn.Module) -> None:
 
     Raises:
         ValueError: If a parametrized weight keeps a state that each look changes: it has buffers, is in training mode,
-            and nothing holds it still.
+            and nothing holds it still; or if dropout in training mode would draw other numbers.
     """
     if parametrize._cache_enabled:
         return
     for part in parts(module):
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p:
+            raise ValueError(
+                f"inverse: {type(part).__name__} in training mode draws other numbers than in the forward, which had "
+                "another function; use eval(), or reversible(), which draws them again"
+            )
         for weight, chain in part._modules.get("parametrizations", {}).items():
             if chain.training and next(chain.buffers(), None) is not None:
                 name = next(name for name, one in module.named_modules() if one is part)

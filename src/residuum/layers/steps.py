@@ -17,7 +17,7 @@ from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
 from residuum.linear import GMRES, LinearSolver
 from residuum.names import unknown
-from residuum.solve import Solution, fixed_point
+from residuum.solve import Solution, fixed_point, of_the_batch
 from residuum.solvers import Anderson, Solver
 from residuum.spectra import linearise
 
@@ -405,9 +405,7 @@ def check_pure(branch: nn.Module, what: str = "a solve") -> None:
             mode.
     """
     for name, module in branch.named_modules():
-        norm = isinstance(module, nn.modules.batchnorm._NormBase)
-        couples = norm and not isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is None
-        if norm and ((module.training and module.track_running_stats) or couples):
+        if of_the_batch(module):
             raise ValueError(
                 f"{what} cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
                 "each evaluation would have its own; use group norm or none, or eval()"
