@@ -363,13 +363,16 @@ def test_pairs_have_exact_inverses(
         assert (after - h).abs().max() > 1e-2
 
 
-def test_the_inverse_is_refused_where_dropout_would_be_another() -> None:
+def test_the_inverse_is_refused_where_it_would_be_another_or_count_twice() -> None:
     block = Verlet(0.5)(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), nn.Linear(3, 3))
     h = torch.randn(4, 6)
     with pytest.raises(ValueError, match=r"Dropout in training mode draws other numbers.*reversible\(\)"):
         block.inverse(block(h))
-    block.eval()
-    assert torch.allclose(block.inverse(block(h)), h, atol=1e-6)
+    norm = Verlet(0.5)(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"BatchNorm1d in training mode would update its statistics a second time"):
+        norm.inverse(norm(h))
+    for each in (block.eval(), norm.eval()):
+        assert torch.allclose(each.inverse(each(h)), h, atol=1e-6)
 
 
 def test_additive_is_the_coupling_of_revnets() -> None:

@@ -79,7 +79,8 @@ def check_still(module: nn.Module) -> None:
 
     Raises:
         ValueError: If a parametrized weight keeps a state that each look changes: it has buffers, is in training mode,
-            and nothing holds it still; or if dropout in training mode would draw other numbers.
+            and nothing holds it still; if dropout in training mode would draw other numbers; or if a norm in training
+            mode would count the batch again.
     """
     if parametrize._cache_enabled:
         return
@@ -88,6 +89,11 @@ def check_still(module: nn.Module) -> None:
             raise ValueError(
                 f"inverse: {type(part).__name__} in training mode draws other numbers than in the forward, which had "
                 "another function; use eval(), or reversible(), which draws them again"
+            )
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.track_running_stats:
+            raise ValueError(
+                f"inverse: {type(part).__name__} in training mode would update its statistics a second time; use "
+                "eval(), or reversible(), which counts each batch once"
             )
         for weight, chain in part._modules.get("parametrizations", {}).items():
             if chain.training and next(chain.buffers(), None) is not None:

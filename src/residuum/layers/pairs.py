@@ -55,8 +55,8 @@ class PairBlock(nn.Module):
         """The state before the one that is given.
 
         Raises:
-            ValueError: If the number of channels is odd, dropout of a branch is in training mode, or weights are
-                limited and in it, so that each use changes them.
+            ValueError: If the number of channels is odd, or dropout, batch norm or limited weights of a branch are in
+                training mode, so that each use draws other numbers or changes them.
         """
         check_still(self.branches)
         with held(self.branches):
