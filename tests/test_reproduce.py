@@ -317,3 +317,19 @@ def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path, capsys: pytest.Ca
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*") if path.is_file()}
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing is run twice
+
+
+def test_long_conclusions_are_broken_to_fit_their_figure() -> None:
+    text = "Strength 1 changes accuracy by -0.6 points without a limit, in the mean of eight data sets.\nSecond line."
+    with drawing.style():
+        figure, _ = drawing.panels(text, 1, 1)
+        drawing.fit_title(figure, "(3 of 5 runs are missing)")
+        figure.canvas.draw()
+        lines = figure.get_suptitle().splitlines()
+        assert " ".join(lines[:-2]) + "\n" + lines[-2] == text
+        assert lines[-1] == "(3 of 5 runs are missing)"
+        extent = figure._suptitle.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
+        empty, _ = drawing.panels("", 1, 1)
+        drawing.fit_title(empty)
+        assert empty.get_suptitle() == ""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from residuum.files import write_atomically
@@ -16,6 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#2
 DASHES = ("-", "--", ":", "-.", "-", "--", "-")
 MARKERS = ("o", "s", "D", "^", "P", "v", "x")
 FORMATS = ("png", "pdf")
+_TITLE = 12  # points
 
 
 def style() -> AbstractContextManager[None]:
@@ -56,8 +58,20 @@ def panels(
 
     figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=_TITLE)
     return figure, list(axes.flat)
+
+
+def fit_title(figure: "Figure", note: str = "") -> None:
+    """Break a figure's conclusion into lines that fit above it.
+
+    Args:
+        figure: The figure.
+        note: What a reader must know besides, in a line of its own.
+    """
+    wide = int(figure.get_figwidth() * 72 / (0.55 * _TITLE))  # characters, about 0.55 as wide as high
+    lines = [part for line in figure.get_suptitle().splitlines() for part in wrap(line, wide)]
+    figure.suptitle("\n".join([*lines, note] if note else lines), fontsize=_TITLE)
 
 
 def line(

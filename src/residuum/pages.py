@@ -55,12 +55,16 @@ def shown(figure: Figure, drawn: "Drawn") -> Shown:
         series = list(_series(axes))
         flat = flat and axes.name == "rectilinear" and bool(series)
         if series:
-            charts.append((_flowing(axes.get_title()), _chart(f"{figure.id}-{number}", axes, series, label)))
-    return Shown(figure, _flowing(drawn.get_suptitle()), tuple(charts), "" if flat else _picture(drawn))
+            charts.append((flowing(axes.get_title()), _chart(f"{figure.id}-{number}", axes, series, label)))
+    return Shown(figure, flowing(drawn.get_suptitle()), tuple(charts), "" if flat else _picture(drawn))
 
 
-def _flowing(title: str) -> str:
-    """A title without its line breaks, which a page sets anew; where one was the only mark there comes another."""
+def flowing(title: str) -> str:
+    """A title without its line breaks, which a page sets anew; where one was the only mark there comes another.
+
+    Args:
+        title: The title of a figure or of a panel.
+    """
     return re.sub(r"(?<![:;,.])\n", "; ", title).replace("\n", " ")
 
 

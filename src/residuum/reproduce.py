@@ -9,11 +9,11 @@ from residuum import experiments
 from residuum.claims import NOT_RUN, Claim, Figure, Judged, Results, Study, judge, together
 from residuum.data.archives import ARCHIVES
 from residuum.data.fetching import find
-from residuum.drawing import save, style
+from residuum.drawing import fit_title, save, style
 from residuum.files import write_atomically, write_json
 from residuum.jobs import Job
 from residuum.names import unknown
-from residuum.pages import Shown, counts, markdown, page, shown
+from residuum.pages import Shown, counts, flowing, markdown, page, shown
 from residuum.runs import DataConfig, Finished, Run, finished
 from residuum.toys.digits import NoisyDigits
 
@@ -222,11 +222,12 @@ def _drawn(figure: Figure, results: Results, folder: Path) -> Shown:
         drawn = figure.draw(results)
         if drawn is None:
             return Shown(figure, f"not drawn, {missing} of {len(runs)} runs missing")
-        if missing:
-            drawn.supxlabel(f"{missing} of {len(runs)} runs are missing", fontsize=9, color="#D55E00")
+        note = f"({missing} of {len(runs)} runs are missing)" if missing else ""
+        title = f"{flowing(drawn.get_suptitle())} {note}".strip()
+        fit_title(drawn, note)
         folder.mkdir(parents=True, exist_ok=True)
         save(drawn, folder, figure.id)
-        return shown(figure, drawn)
+        return replace(shown(figure, drawn), title=title)
 
 
 def _versions(results: Results) -> list[str]:

@@ -321,7 +321,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     ]
     if changes:
         figure.suptitle(
-            f"Strength 1 changes accuracy by {min(changes):+.1f} to {max(changes):+.1f} points without a limit "
+            f"Strength 1 changes accuracy by {_range(changes)} points without a limit "
             f"(means of {len(changes)} data set{'s' * (len(changes) > 1)})"
         )
     return figure
@@ -351,11 +351,15 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
         ax.set_xticks([], minor=True)
         ax.set(title=SETS[data], xlabel="training images", ylabel="test accuracy, %")
         _legend(ax)
-    if gains:
-        figure.suptitle(
-            f"With fewer images strength 1 changes accuracy by {min(gains):+.1f} to {max(gains):+.1f} points"
-        )
+    if len(gains) > len(having):  # more than one size of a set
+        figure.suptitle(f"With all or fewer images strength 1 changes accuracy by {_range(gains)} points")
     return figure
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest value, with signs; of one value itself."""
+    ends = [f"{end:+.1f}" for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
