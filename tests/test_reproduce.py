@@ -201,7 +201,8 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
         left.set(xlabel="L", ylabel="d", title="left", xscale="log", yscale="log")
         right.plot([0, 1], [0, 1], color="#009E73")
         right.plot([0.5], [0.25], marker="*", linestyle="none", label="point")
-        right.set(xlabel="x", ylim=(0, 2))
+        right.set(xlabel="x", ylim=(0, 2), xlim=(-1, 2))
+        right.set_xticks([0, 1], ["<i>first</i>", "last"])
     found = shown(FIGURE, figure)
     assert (found.title, found.picture) == ("It rises: by 3, by 2; or by 1", "")
     (first, one), (_, two) = found.charts
@@ -213,6 +214,9 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
     assert series["drawn"] == {"color": "#d55e00", "fill": "rgba(213,94,0,.2)", "dash": "dash", "symbol": "square"}
     assert [(s["mode"], s["name"]) for s in two["series"]] == [("lines", ""), ("markers", "point")]
     assert two["y"]["range"] == [0.0, 2.0]
+    assert "ticks" not in one["x"]
+    assert two["x"]["ticks"] == [[0.0, "&lt;i&gt;first&lt;/i&gt;"], [1.0, "last"]]
+    assert two["x"]["range"] == [-1.0, 2.0]
     assert two["y"]["title"] == "d"  # that of its row
 
 

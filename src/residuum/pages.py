@@ -77,7 +77,19 @@ def _chart(key: str, axes: "Axes", series: list[Chart], label: str) -> Chart:
     log = flat and axes.get_yscale() == "log"
     span = None if log or not flat else [float(end) for end in axes.get_ylim()]
     x = {"kind": "plain", "title": literal(axes.get_xlabel()), "log": flat and axes.get_xscale() == "log"}
+    x |= _named(axes) if flat else {}
     return {"id": key, "x": x, "y": {"title": label, "percent": False, "range": span, "log": log}, "series": series}
+
+
+def _named(axes: "Axes") -> Chart:
+    """The ticks of a horizontal axis that were given, such as names, with their texts, and how far it reaches."""
+    from matplotlib.ticker import FixedLocator
+
+    if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
+        return {}
+    places = [float(place) for place in axes.get_xticks()]
+    texts = [literal(text) for text in axes.xaxis.get_major_formatter().format_ticks(places)]
+    return {"ticks": [list(tick) for tick in zip(places, texts, strict=True)], "range": [*map(float, axes.get_xlim())]}
 
 
 def _series(axes: "Axes") -> Iterator[Chart]:

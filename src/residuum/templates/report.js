@@ -60,7 +60,8 @@
     }];
     chart.series.forEach(function (series, number) {
       var s = style(series), visible = !hidden[number];
-      if (series.low && series.low.length) {
+      var points = series.x.length, bars = series.low && series.low.length, alone = series.mode === "markers" || points === 1;
+      if (bars && !alone) {
         var area = band(series);
         if (chart.y.log) area.y = area.y.map(function (v) { return v === null ? null : Math.max(v, heights(chart)[0] / 1e3); });
         drawn.push({
@@ -68,11 +69,15 @@
           line: { width: 0 }, hoverinfo: "skip", showlegend: false, visible: visible,
         });
       }
-      var points = series.x.length;
       drawn.push({
         type: "scatter", mode: series.mode || "lines+markers", x: series.x, y: series.y, connectgaps: false,
         customdata: series.hover, hovertemplate: "%{customdata}<extra></extra>", showlegend: false, visible: visible,
         hoverinfo: series.hover.length ? undefined : "skip",
+        error_y: bars && alone ? {
+          type: "data", symmetric: false, color: s.color, thickness: 1.5, width: 4,
+          array: series.high.map(function (v, i) { return v - series.y[i]; }),
+          arrayminus: series.low.map(function (v, i) { return series.y[i] - v; }),
+        } : undefined,
         line: { color: s.color, dash: series.mode === "lines" ? "solid" : s.dash, width: 2 },
         marker: { color: s.color, symbol: s.symbol, size: series.mode === "markers" ? 12 : points > 60 ? 5 : 8, line: { width: 1.5, color: s.color } },
       });
@@ -95,6 +100,11 @@
       if (chart.x.log) {
         axis.tickvals = logTicks(extent(chart)); axis.ticktext = axis.tickvals.map(String);
         axis.range = [Math.log10(extent(chart)[0] / 1.6), Math.log10(extent(chart)[1] * 1.6)];
+      }
+      if (chart.x.ticks) {
+        axis.tickvals = chart.x.ticks.map(function (t) { return t[0]; });
+        axis.ticktext = chart.x.ticks.map(function (t) { return t[1]; });
+        if (!chart.x.log) axis.range = chart.x.range;
       }
       return axis;
     }
