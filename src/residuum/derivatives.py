@@ -157,10 +157,12 @@ class _Once(Function):
             return None, None, None
         total = against if g is None else g if against is None else g + against
         v = _linear(total, ctx.maps.adjoint, ctx.maps.inverse)
-        first = _cancel(total, against)
-        if not _watched() or (first and not _forwards()):
+        if not _watched():
             return v, None, None
-        return v + _Third.apply(*ctx.saved_tensors, first), None, None  # a tangent of the first is a second derivative
+        first = _cancel(total, against)
+        if not first or _forwards():  # a tangent of the first pass is a second derivative, which is right
+            v = v + _Third.apply(*ctx.saved_tensors, first)
+        return v, None, None
 
     @staticmethod
     def jvp(ctx: Any, first: Tensor, *_: None) -> tuple[Tensor, Tensor]:

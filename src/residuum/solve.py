@@ -4,7 +4,7 @@ Nothing is differentiated through the iterations. Where gradients are wanted two
 recorded. The first, the last of the solve, is at a leaf: its graph gives the products with J = df/dx and, once
 `(I - J^T) v = g` is solved, the gradients of all that f captures. Its result with these derivatives, y1, is what f is
 applied to the second time; `f(y1) - J y1` with J held constant has the right first and second derivatives. Only a
-backward pass with `create_graph=True` walks that graph.
+backward pass that is differentiated itself walks that graph.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Parametrized weights held still: each look at one in training mode may change it, as limits follow their norms."""
+"""What holds still: parametrized weights, which each look in training mode may change, and blocks to be inverted."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
