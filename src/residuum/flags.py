@@ -303,6 +303,7 @@ class Reproduce:
         list: Say which runs there are, how many are complete, and how long the others will take; run nothing.
         check: Draw and judge what is there; run nothing.
         files: NAME=FILE.npz: read a file in the place of a data set, where its official files are not at hand.
+        kept: Folder of kept runs, a small file each: they count as complete, and what is complete in OUT is added.
         carried: How the runs are carried out.
     """
 
@@ -312,6 +313,7 @@ class Reproduce:
     list: bool = False
     check: bool = False
     files: tuple[str, ...] = ()
+    kept: Path | None = None
     carried: Annotated[Carried, tyro.conf.arg(name="")] = field(default_factory=Carried)
 
 

@@ -16,6 +16,7 @@ from residuum.layers.coupling import mix_weights_
 from residuum.layers.lipschitz import Limit, clip_, limit_
 from residuum.layers.reversible import Reversible
 from residuum.layers.sharing import BATCH_NORMS, Sharing, scale_norms_, share, unrolled
+from residuum.layouts import arranged, fast_layout
 from residuum.names import unknown
 from residuum.streams import Block, Section, Stream
 
@@ -217,7 +218,8 @@ class ResNet(nn.Module):
             self._initialise()
             if config.limit is not None:
                 self._limit(config.limit)
-        self.to(memory_format=torch.channels_last)
+        self.layout = fast_layout(self)
+        self.to(memory_format=self.layout)
 
     def fresh(self, seed: int) -> "ResNet":
         """The same network with other initial weights, on the same device in the same precision."""
@@ -313,12 +315,12 @@ class ResNet(nn.Module):
         return Stream(x, tuple(sections), self.readout)
 
     def enter(self, x: Float[Tensor, "example channel row column"]) -> Float[Tensor, "example width row column"]:
-        """The stem: one 3x3 convolution, on channels-last memory (about a third faster on processors)."""
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        """The stem: one 3x3 convolution, in the memory layout that is fast here."""
+        h = self.stem(arranged(x, self.layout))
         return h if self.widen is None else self.widen(h)
 
     def _enter_by_skip(self, x: Tensor) -> Tensor:
-        return self.widen.skip(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        return self.widen.skip(self.stem(arranged(x, self.layout)))
 
     def readout(self, h: Float[Tensor, "example width row column"]) -> Float[Tensor, "example class"]:
         """Logits from a state of the last section."""

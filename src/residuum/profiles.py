@@ -1,6 +1,6 @@
 """Measuring: values per example at the points of a stream, merged over batches; their means, errors and files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
@@ -141,6 +141,11 @@ class Profile:
         low, high = torch.stack(means).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
         return low, high
 
+    def select(self, names: Collection[str]) -> "Profile":
+        """The same with those of its quantities that are among these names."""
+        measures = {name: given for name, given in self.measures.items() if name in names}
+        return replace(self, measures=measures, about=_remarks(measures))
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file; it appears complete or not at all."""
         tensors = {"examples": self.examples} | {f"values/{k}": m.values.contiguous() for k, m in self.measures.items()}
@@ -279,7 +284,7 @@ def profile(
                 progress(done)
     if not parts:
         raise ValueError("profile: no batches given, so there is nothing to measure")
-    return merge([_only(part, parts[-1].measures) for part in parts] if errors else parts)
+    return merge([part.select(parts[-1].measures) for part in parts] if errors else parts)
 
 
 def _measure_batch(
@@ -307,12 +312,6 @@ def _measure_batch(
                 )
         measures |= new
     return Profile(examples, measures, tuple(s.name for s in stream.sections), stream.lengths, _remarks(measures))
-
-
-def _only(profile: Profile, names: Iterable[str]) -> Profile:
-    """Some quantities of a profile."""
-    measures = {name: profile.measures[name] for name in names if name in profile.measures}
-    return replace(profile, measures=measures, about=_remarks(measures))
 
 
 def _remarks(measures: Mapping[str, Measure]) -> dict[str, str]:

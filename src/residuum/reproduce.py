@@ -12,6 +12,7 @@ from residuum.data.fetching import find
 from residuum.drawing import fit_title, save, style
 from residuum.files import write_atomically, write_json
 from residuum.jobs import Job
+from residuum.kept import keep, unpack
 from residuum.names import unknown
 from residuum.pages import Shown, counts, flowing, markdown, page, shown
 from residuum.runs import DataConfig, Finished, Run, finished
@@ -123,6 +124,77 @@ def gather(jobs: Mapping[str, Job], out: Path) -> dict[str, Finished]:
     """
     found = {key: finished(job, out) for key, job in jobs.items()}
     return {key: run for key, run in found.items() if run is not None}
+
+
+def keep_runs(studies: Iterable[Study], results: Results, kept: Path) -> int:
+    """Keep the finished runs that are not kept yet in KEPT/<paper>/<key>.zip, with what their study reads of them.
+
+    Args:
+        studies: Whose runs.
+        results: Finished runs by the key under which studies ask for them.
+        kept: The folder; it is made.
+
+    Returns:
+        How many were added.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    added = 0
+    for study in studies:
+        for job in study.jobs:
+            path = kept / study.paper / f"{job.key}.zip"
+            if job.key in results and not path.is_file():
+                keep(results[job.key], path, study.quantities)
+                added += 1
+    return added
+
+
+def kept_runs(studies: Iterable[Study], kept: Path, place: Path) -> dict[str, Finished]:
+    """The runs that are kept in a folder, by the key under which studies ask for them, whichever file they read.
+
+    Args:
+        studies: Whose runs.
+        kept: The folder, as `keep_runs` has it; one that is not there has none.
+        place: An empty folder to unpack them into.
+
+    Raises:
+        ValueError: If a file is no kept run, or is damaged, or is another run than its name says.
+        OSError: If a file cannot be read.
+    """
+    found = {}
+    for study in studies:
+        for job in study.jobs:
+            path = kept / study.paper / f"{job.key}.zip"
+            if path.is_file():
+                found[job.key] = unpack(path, place / job.key)
+                if _named(found[job.key].job, job).key != job.key:
+                    raise ValueError(f"{path} is the run {found[job.key].job.key}, not {job.key}; move it away")
+    return found
+
+
+def _named(job: Job, asked: Job) -> Job:
+    """A run on a file as if it were on the data set in whose place the file was read."""
+    if not (isinstance(job, Run) and isinstance(asked, Run) and job.data.sha256):
+        return job
+    return replace(job, data=replace(job.data, name=asked.data.name, sha256=""))
+
+
+def files_read(jobs: Iterable[Job], results: Results) -> list[str]:
+    """Which files were read in the place of data sets with a name, in words.
+
+    Args:
+        jobs: What the studies ask for.
+        results: Finished runs by the key under which they do.
+    """
+    pairs = [(job.data, results[job.key].job.data) for job in jobs if isinstance(job, Run) and job.key in results]
+    return sorted(
+        {
+            f"{asked.name} is read from {Path(read.name).name}, SHA-256 {read.sha256}."
+            for asked, read in pairs
+            if read.sha256 and not asked.sha256
+        }
+    )
 
 
 def listing(choice: Choice, results: Results) -> str:

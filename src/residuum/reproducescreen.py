@@ -1,15 +1,28 @@
 """What `residuum reproduce` does and shows: what it will cost, the runs of the papers, what became of their claims."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from residuum.claims import Results
 from residuum.flags import Reproduce
 from residuum.jobs import Job
-from residuum.reproduce import check_data, choose, gather, listing, report, stand_ins, summary
+from residuum.reproduce import (
+    Choice,
+    check_data,
+    choose,
+    files_read,
+    gather,
+    keep_runs,
+    kept_runs,
+    listing,
+    report,
+    stand_ins,
+    summary,
+)
 from residuum.runfolders import prepare
-from residuum.runs import Run
 from residuum.sweepscreen import carried_out
 
 screen = Console(highlight=False, soft_wrap=True, markup=False)
@@ -23,7 +36,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
         command: The command as it was typed.
 
     Raises:
-        ValueError: If a name is unknown, or runs are not complete in the end; the report is written all the same.
+        ValueError: If a name is unknown or a kept run is damaged; or runs are not complete in the end: the report is
+            written all the same.
         FileNotFoundError: If data are not there; the message says how to get them.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
@@ -31,36 +45,40 @@ def reproduce(flags: Reproduce, command: str) -> None:
         raise ValueError("--list says what would be done, --check reads what is there: choose one")
     choice, files = choose(flags.scale, flags.ids), _files(flags.files)
     jobs = stand_ins([job for study in choice.studies for job in study.jobs], files)
-    asked = [jobs[job.key] for job in choice.jobs]
-    results = gather(jobs, flags.out)
-    if flags.list:
-        screen.print(listing(choice, results))
-        return
-    prepare(flags.out)
-    problem = ""
-    if not flags.check and any(job.key not in results for job in choice.jobs):
-        screen.print(listing(choice, results))
-        check_data(asked, flags.carried.data_root)
-        problem = _carry_out(asked, flags, command)
-        results = gather(jobs, flags.out)
-    notes = [f"{name} is read from {path.name}, SHA-256 {_sum(jobs, path)}." for name, path in files.items()]
-    judged = report(choice, results, flags.out, notes=notes)
-    for line in summary(judged, choice.parts):
-        screen.print(line)
-    folder = flags.out.resolve() / flags.scale
-    screen.print(f"verdicts: {folder / 'claims.md'}")
-    for study in choice.studies:
-        asked = sum(figure in choice.parts for figure in study.figures)
-        if asked:
-            screen.print(f"figures: {folder / study.paper}{'.html' if asked == len(study.figures) else ''}")
+    with TemporaryDirectory() as place:
+        kept = kept_runs(choice.studies, flags.kept, Path(place)) if flags.kept else {}
+        results = gather(jobs, flags.out) | kept
+        if flags.list:
+            screen.print(listing(choice, results))
+            return
+        prepare(flags.out)
+        problem = ""
+        if not flags.check and any(job.key not in results for job in choice.jobs):
+            screen.print(listing(choice, results))
+            asked = [jobs[job.key] for job in choice.jobs if job.key not in kept]
+            check_data(asked, flags.carried.data_root)
+            problem = _carry_out(asked, flags, command)
+            results = gather(jobs, flags.out) | kept
+        if flags.kept:
+            added = keep_runs(choice.studies, results, flags.kept)
+            screen.print(f"kept: {flags.kept.resolve()} ({len(kept) + added} runs, {added} of them new)")
+        _report(choice, results, flags.out)
     if problem:
         raise ValueError(problem)
 
 
-def _sum(jobs: Mapping[str, Job], path: Path) -> str:
-    """The checksum of a file, which the runs that read it know."""
-    data = (job.data for job in jobs.values() if isinstance(job, Run))
-    return next(given.sha256 for given in data if given.name == str(path.absolute()))
+def _report(choice: Choice, results: Results, out: Path) -> None:
+    """Write the report and say what is in it."""
+    asked = [job for study in choice.studies for job in study.jobs]
+    judged = report(choice, results, out, notes=files_read(asked, results))
+    for line in summary(judged, choice.parts):
+        screen.print(line)
+    folder = out.resolve() / choice.scale
+    screen.print(f"verdicts: {folder / 'claims.md'}")
+    for study in choice.studies:
+        drawn = sum(figure in choice.parts for figure in study.figures)
+        if drawn:
+            screen.print(f"figures: {folder / study.paper}{'.html' if drawn == len(study.figures) else ''}")
 
 
 def _files(given: Sequence[str]) -> dict[str, Path]:

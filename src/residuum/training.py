@@ -21,6 +21,7 @@ from residuum.layers.coupling import Coupling
 from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
 from residuum.layers.reversible import DriftError
+from residuum.layouts import arranged, fast_layout
 from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
@@ -259,7 +260,7 @@ class Job:
     """One training: what its steps share.
 
     Args:
-        model: The network, brought into channels-last memory.
+        model: The network, brought into the memory layout that is fast for it.
         data: Training and test split.
         config: The settings.
         loss: Mean loss of a batch.
@@ -287,7 +288,8 @@ class Job:
         self.solves = Solves(model)
         self.images = TrainingImages(data.train, augment=config.augment, device=like.device, dtype=like.dtype)
         self.count = math.ceil(len(data.train) / config.batch)  # steps of an epoch
-        model.to(memory_format=torch.channels_last)
+        self.layout = fast_layout(model)
+        model.to(memory_format=self.layout)
         part_copies_(model)
         self.wrapped = group.wrap(model)
         self.optimiser = make_optimiser(model, config)
@@ -300,7 +302,7 @@ class Job:
         for x, y in self.images.batches(batch=self.config.batch, generator=order, skip=at.step, part=part):
             torch.manual_seed(_seed(self.config.seed, at.epoch * self.count + at.step, 1 + self.group.rank))
             images = min(self.config.batch, len(self.images) - at.step * self.config.batch)
-            value = self._step(x, y, at, images)
+            value = self._step(arranged(x, self.layout), y, at, images)
             solves = added(at.solves, self.solves.take())
             at = replace(at, step=at.step + 1, total=at.total + images * value, solves=solves)
             if self.progress:

@@ -14,6 +14,7 @@ from residuum.experiments.p0_runs import (
     FREE,
     GROUP,
     LIMITED,
+    QUANTITIES,
     RECURRENT,
     SCALES,
     SETS,
@@ -73,6 +74,7 @@ def study(scale: str) -> Study:
         claims=(*claims, *_everywhere(scale)),
         minutes=network_minutes,
         order=by_worth(scale),
+        quantities=QUANTITIES,
     )
 
 

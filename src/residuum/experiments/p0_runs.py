@@ -24,6 +24,7 @@ SETS = {
 }
 INDICES = ("convergence", "recurrence", "divergence")
 PASSIVE = ("perturbation", "update_angle", "pairs", "readouts")
+QUANTITIES = ("intact_accuracy", "drop_last_accuracy", "unroll_1_accuracy", "chance")  # read beside the indices
 PROBES = (*PASSIVE, "drops_last", "drops_first", "replacements", "shuffles", "extra_runs")
 
 

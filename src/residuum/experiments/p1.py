@@ -24,6 +24,7 @@ from residuum.experiments.p1_runs import (
     KINDS,
     NAMES,
     PRINTED,
+    QUANTITIES,
     SCALES,
     SETS,
     SHARED,
@@ -83,6 +84,7 @@ def study(scale: str) -> Study:
         claims=tuple(claims),
         minutes=network_minutes,
         order=by_worth(scale),
+        quantities=QUANTITIES,
     )
 
 

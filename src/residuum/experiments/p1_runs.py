@@ -301,6 +301,18 @@ def unrolled(scale: float, quantity: str) -> str:
     return f"unrolled_{scale:g}_{quantity}"
 
 
+# What figures and claims read of profiles.
+QUANTITIES = (
+    *("gradient_cosine", "gradient_ratio", "scaled_perturbation", "state_norm"),
+    *("drop_accuracy", "intact_accuracy", "chance", "margin", "accuracy", "loss", "entropy"),
+    *(
+        unrolled(scale, name)
+        for scale in GRID
+        for name in ("accuracy", "loss", "entropy", "state_norm", "scaled_perturbation", "plugin_gradient_cosine")
+    ),
+)
+
+
 def chosen_scale(run: Finished) -> float:
     """Of the probe's scales the one with the lowest loss on training images after all extra runs."""
     train = run.profile("train")

@@ -66,6 +66,7 @@ def study(scale: str) -> Study:
         figures=figures(scale),
         claims=tuple(claims),
         minutes=network_minutes,
+        quantities=("perturbation", "scaled_perturbation"),
     )
 
 

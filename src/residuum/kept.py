@@ -1,0 +1,101 @@
+"""Kept runs: what figures and claims read of a finished run, in one small file that can be committed and sent."""
+
+import json
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
+
+from residuum.files import write_atomically
+from residuum.runfolders import FORMAT, read_object
+from residuum.runs import Finished
+from residuum.worker import KINDS
+
+_WHOLE = ("history.json", "indices.json", "values.json")
+_PROVENANCE = ("created", "seconds", "versions", "device", "dtype", "data_sha256", "parameters")
+_PROFILES = ("profile", "initial", "train")
+_NAMES = {"run.json", "provenance.json", *_WHOLE, *(f"{name}.safetensors" for name in _PROFILES)}
+
+
+def keep(run: Finished, path: Path, quantities: Collection[str]) -> None:
+    """Write PATH, a zip file.
+
+    It holds what was asked for, history, indices or values, where the run came from, and of its profiles some
+    quantities, with all their values. No weights, and no path of the machine: of a data file the name and the SHA-256.
+
+    Args:
+        run: A finished run.
+        path: The file; its folder is made.
+        quantities: The quantities to keep, by their names; those that were not measured are passed over.
+
+    Raises:
+        OSError: If the file cannot be written; an old one is untouched then.
+    """
+    files = {name: (run.folder / name).read_bytes() for name in _WHOLE if (run.folder / name).is_file()}
+    files["run.json"] = _json({"format": FORMAT, "key": run.job.key, "description": _placeless(run)})
+    about = read_object(run.folder / "provenance.json")
+    files["provenance.json"] = _json({name: about[name] for name in _PROVENANCE if name in about})
+    for name in _PROFILES:
+        if (run.folder / f"{name}.safetensors").is_file():
+            files[f"{name}.safetensors"] = _some(run, name, quantities)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda part: _pack(part, files))
+
+
+def unpack(path: Path, folder: Path) -> Finished:
+    """The finished run that was kept, unpacked into an empty folder.
+
+    Args:
+        path: The file.
+        folder: Where to; it is made.
+
+    Raises:
+        ValueError: If it is no kept run, is cut short or damaged, or does not fit this version of the code.
+        OSError: If it cannot be read, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True)
+    try:
+        with ZipFile(path) as archive:
+            strange = sorted(set(archive.namelist()) - _NAMES)
+            if strange:
+                raise ValueError(f"it holds {strange[0]!r}")
+            for name in archive.namelist():
+                (folder / name).write_bytes(archive.read(name))
+        about = read_object(folder / "run.json")
+        description = about.get("description", {})
+        if description.get("kind") not in KINDS:
+            raise ValueError("it does not say what was run")
+        job = KINDS[description["kind"]].from_description(description)
+        if job.key != about.get("key"):
+            raise ValueError(f"it says that it is the run {about.get('key')}, but describes {job.key}")
+    except (BadZipFile, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is no kept run, or is damaged: {error}") from None
+    return Finished(job, folder)
+
+
+def _placeless(run: Finished) -> Mapping[str, object]:
+    """What determines the run; of a data file its name without its place, which no key depends on."""
+    description = run.job.describe()
+    data = description.get("data")
+    if isinstance(data, dict) and data.get("sha256"):
+        description["data"] = data | {"name": Path(data["name"]).name}
+    return description
+
+
+def _some(run: Finished, name: str, quantities: Collection[str]) -> bytes:
+    """A profile of the run with some of its quantities, as the file that `profiles.load` reads."""
+    with TemporaryDirectory() as folder:
+        run.profile(name).select(quantities).save(Path(folder) / name)
+        return (Path(folder) / name).read_bytes()
+
+
+def _json(value: object) -> bytes:
+    return f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
+
+
+def _pack(path: Path, files: Mapping[str, bytes]) -> None:
+    """A zip file without times, in a fixed order."""
+    with ZipFile(path, "w") as archive:
+        for name in sorted(files):
+            archive.writestr(ZipInfo(name), files[name], ZIP_DEFLATED, 9)
