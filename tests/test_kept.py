@@ -15,7 +15,8 @@ from residuum import experiments
 from residuum.claims import NOT_RUN, judge
 from residuum.cli import main
 from residuum.experiments.p3_runs import PAPER
-from residuum.kept import keep, unpack
+from residuum.files import stored
+from residuum.kept import keep, rounded, unpack
 from residuum.reproduce import choose, files_read, keep_runs, kept_runs, stand_ins
 from residuum.runs import Finished, Run, execute
 from worlds import as_the_paper, make
@@ -40,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_a_kept_run_holds_what_is_read_of_it(made: Finished, tmp_path: Path) -> None:
     path = tmp_path / "kept" / "p2" / "run.zip"
-    keep(made, path, ("scaled_perturbation", "nothing"))
+    keep(made, path, dict.fromkeys(("profile", "initial", "train"), ("scaled_perturbation", "nothing")))
     found = unpack(path, tmp_path / "there")
     assert found.job == made.job
     assert found.job.key == made.job.key
@@ -52,7 +53,7 @@ def test_a_kept_run_holds_what_is_read_of_it(made: Finished, tmp_path: Path) -> 
         torch.testing.assert_close(
             after.measures["scaled_perturbation"].values,
             before.measures["scaled_perturbation"].values,
-            rtol=0,
+            rtol=2**-12,
             atol=0,
         )
         assert (after.sections, after.lengths) == (before.sections, before.lengths)
@@ -77,13 +78,25 @@ def test_a_real_run_on_a_file_is_kept_without_the_place_of_the_file(tmp_path: Pa
     assert found.provenance["data_sha256"] == run.data.sha256
 
 
+def test_values_are_rounded_to_the_nearest() -> None:
+    values = torch.tensor([[0.0, 1.0, -4095.0, torch.inf, torch.nan, torch.pi, -1e-30, 3e38]])
+    found = rounded(values)
+    torch.testing.assert_close(found, values, rtol=2**-12, atol=0, equal_nan=True)
+    torch.testing.assert_close(found[0, :4], values[0, :4], rtol=0, atol=0)  # such numbers have at most 12 digits
+    assert (found.view(torch.int32) % 4096 == 0).all()
+    torch.testing.assert_close(rounded(found), found, rtol=0, atol=0, equal_nan=True)
+
+
 def test_examples_are_kept_by_their_values(tmp_path: Path) -> None:
     example = replace(PAPER["sine"], depth=1, epochs=1, batch=50)
     finished = execute(example, tmp_path / "out")
-    keep(finished, tmp_path / "run.zip", ())
+    keep(finished, tmp_path / "run.zip", {})
     found = unpack(tmp_path / "run.zip", tmp_path / "there")
     assert found.job == example
     assert found.values == finished.values
+    before, after = (stored(example.trained(run.folder)) for run in (finished, found))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def cut(path: Path) -> None:

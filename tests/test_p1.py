@@ -1,6 +1,5 @@
 """P1's study: its runs, what its claims answer to planted results, its figures, and all of it in small."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from residuum import drawing
 from residuum.claims import NOT_RUN, Judged, Study, judge
-from residuum.cli import main
 from residuum.experiments import SCALES, study
 from residuum.experiments.p1_runs import GRID, NAMES, PRINTED, TABLE, by_worth, of, run_of, shuffled_of, unrolled
 from residuum.models import ResNet, count_parameters
 from residuum.profiles import Measure, Point, Profile
 from residuum.rates import RATES
 from residuum.runs import Finished, Run
+from whole import reproduced
 
 IMAGES, BORDERLINE = 40, 15
 BEST = 0.1  # the scale that suits the training images of these worlds
@@ -269,9 +268,7 @@ def test_figures_are_drawn_of_what_is_there() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_study_runs_end_to_end(tmp_path: Path) -> None:
-    assert main(["reproduce", "p1", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]) == 0
-    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
-    mine = {claim["id"]: claim["verdict"] for claim in content["claims"] if claim["paper"] == "p1"}
+    mine = {claim["id"]: claim["verdict"] for claim in reproduced("p1", tmp_path)}
     assert len(mine) == 122
     assert sum(verdict == NOT_RUN for verdict in mine.values()) == 32
     assert len(list((tmp_path / "out" / "tiny" / "p1").glob("*.png"))) == 9

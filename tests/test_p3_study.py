@@ -13,7 +13,6 @@ import torch
 
 from residuum import worker
 from residuum.claims import Judged, Study, judge
-from residuum.cli import main
 from residuum.engines.pool import Pool
 from residuum.experiments import SCALES, study
 from residuum.experiments.p3 import DEEP, REGRESSION, VARIED, VERDICTS
@@ -29,6 +28,7 @@ from residuum.toys.digits import NOISE as LEVELS
 from residuum.toys.digits import NoisyDigits
 from residuum.toys.examples import _WEIGHTS, NOISE, Example
 from residuum.toys.problems import damped_sine
+from whole import reproduced
 
 World = Callable[[Example, float, int], tuple[float, float, float]]  # training loss, validation loss, accuracy
 GEOMETRIC = {(theta, gradient): float(np.exp(np.log(losses).mean())) for theta, gradient, losses in REGRESSION}
@@ -258,9 +258,7 @@ def test_a_checkpoint_of_another_place_is_begun_anew(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
-    assert main(["reproduce", "p3", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
-    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
-    mine = {claim["id"].removeprefix("p3-"): claim["verdict"] for claim in content["claims"] if claim["paper"] == "p3"}
+    mine = {claim["id"].removeprefix("p3-"): claim["verdict"] for claim in reproduced("p3", tmp_path, workers=1)}
     assert {name for name, verdict in mine.items() if verdict == "not run"} == NOT_DONE
     drawn = {path.stem for path in (tmp_path / "out" / "tiny" / "p3").glob("*.png")}
     assert drawn == {figure.id for figure in planned("tiny").figures}

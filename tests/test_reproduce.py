@@ -15,6 +15,7 @@ from residuum.cli import main
 from residuum.pages import counts, markdown, page, shown
 from residuum.reproduce import Choice, check_data, choose, gather, listing, report, stand_ins, summary
 from residuum.runs import Run
+from whole import reproduced
 from worlds import as_the_paper, make
 
 
@@ -200,7 +201,7 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
         left.axhline(1.5)  # lies in the axes' own coordinates: no data
         left.set(xlabel="L", ylabel="d", title="left", xscale="log", yscale="log")
         right.plot([0, 1], [0, 1], color="#009E73")
-        right.plot([0.5], [0.25], marker="*", linestyle="none", label="point")
+        right.plot([0.5, 0.8], [0.25, 0.5], marker="*", linestyle="none", label="point")
         right.set(xlabel="x", ylim=(0, 2), xlim=(-1, 2))
         right.set_xticks([0, 1], ["<i>first</i>", "last"])
     found = shown(FIGURE, figure)
@@ -214,6 +215,8 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
     assert series["drawn"] == {"color": "#d55e00", "fill": "rgba(213,94,0,.2)", "dash": "dash", "symbol": "square"}
     assert [(s["mode"], s["name"]) for s in two["series"]] == [("lines", ""), ("markers", "point")]
     assert two["y"]["range"] == [0.0, 2.0]
+    assert series["hover"][1] == "&lt;b&gt;trained&lt;/b&gt;<br>L: 2<br><b>2</b>"
+    assert two["series"][1]["hover"] == ["point<br>x: 0.5<br><b>0.25</b>", "point<br>x: last<br><b>0.5</b>"]
     assert "ticks" not in one["x"]
     assert two["x"]["ticks"] == [[0.0, "&lt;i&gt;first&lt;/i&gt;"], [1.0, "last"]]
     assert two["x"]["range"] == [-1.0, 2.0]
@@ -308,16 +311,12 @@ def test_checking_an_empty_folder_runs_nothing(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["reproduce", "p2", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]
-    assert main(arguments) == 0
-    content = json.loads((tmp_path / "out" / "tiny" / "claims.json").read_text())
-    mine = [claim for claim in content["claims"] if claim["paper"] == "p2"]
+def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
+    mine = reproduced("p2", tmp_path)
     assert len(mine) == 80
     assert "not run" not in {claim["verdict"] for claim in mine}
     assert len(list((tmp_path / "out" / "tiny" / "p2").glob("*.png"))) == 10
-    capsys.readouterr()
-    arguments[1] = "p2-mnist-error"
+    arguments = ["reproduce", "p2-mnist-error", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*") if path.is_file()}
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing is run twice

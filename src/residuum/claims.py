@@ -156,7 +156,8 @@ class Study:
         claims: Its claims.
         minutes: Predicted minutes of a job on one core; None where nothing is known.
         order: The runs that are to be done first, in this order; the others follow.
-        quantities: What figures and claims read of the profiles of runs, so what has to be kept of them.
+        quantities: What figures and claims read of profiles, by the name of the profile ("profile", "initial",
+            "train"): what has to be kept of them.
     """
 
     paper: str
@@ -167,7 +168,7 @@ class Study:
     claims: tuple[Claim, ...]
     minutes: Callable[[Job], float | None] = field(default=no_estimate)
     order: tuple[Job, ...] = ()
-    quantities: tuple[str, ...] = ()
+    quantities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids = [part.id for part in (*self.figures, *self.claims)]

@@ -1,11 +1,16 @@
 """Kept runs: what figures and claims read of a finished run, in one small file that can be committed and sent."""
 
 import json
-import zlib
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from lzma import LZMAError
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_LZMA, BadZipFile, ZipFile, ZipInfo
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from residuum.files import write_atomically
 from residuum.runfolders import FORMAT, read_object
@@ -15,30 +20,34 @@ from residuum.worker import KINDS
 _WHOLE = ("history.json", "indices.json", "values.json")
 _PROVENANCE = ("created", "seconds", "versions", "device", "dtype", "data_sha256", "parameters")
 _PROFILES = ("profile", "initial", "train")
-_NAMES = {"run.json", "provenance.json", *_WHOLE, *(f"{name}.safetensors" for name in _PROFILES)}
+_WEIGHTS = "weights.safetensors"
+_NAMES = {"run.json", "provenance.json", *_WHOLE, *(f"{name}.safetensors" for name in _PROFILES), _WEIGHTS}
+_DROPPED = 12  # of the 23 binary digits of a float32 behind the first
 
 
-def keep(run: Finished, path: Path, quantities: Collection[str]) -> None:
-    """Write PATH, a zip file.
+def keep(run: Finished, path: Path, quantities: Mapping[str, Collection[str]]) -> None:
+    """Write PATH, a zip file (compressed with LZMA).
 
     It holds what was asked for, history, indices or values, where the run came from, and of its profiles some
-    quantities, with all their values. No weights, and no path of the machine: of a data file the name and the SHA-256.
+    quantities, every value rounded to 12 binary digits (by at most 1 part in 4096). Weights of runs with values only,
+    whose networks are tiny and drawn by figures. No path of the machine: of a data file the name and the SHA-256.
 
     Args:
         run: A finished run.
         path: The file; its folder is made.
-        quantities: The quantities to keep, by their names; those that were not measured are passed over.
+        quantities: By the name of a profile the quantities to keep; those that were not measured are passed over.
 
     Raises:
         OSError: If the file cannot be written; an old one is untouched then.
     """
-    files = {name: (run.folder / name).read_bytes() for name in _WHOLE if (run.folder / name).is_file()}
+    whole = (*_WHOLE, _WEIGHTS) if (run.folder / "values.json").is_file() else _WHOLE
+    files = {name: (run.folder / name).read_bytes() for name in whole if (run.folder / name).is_file()}
     files["run.json"] = _json({"format": FORMAT, "key": run.job.key, "description": _placeless(run)})
-    about = read_object(run.folder / "provenance.json")
-    files["provenance.json"] = _json({name: about[name] for name in _PROVENANCE if name in about})
-    for name in _PROFILES:
+    if about := read_object(run.folder / "provenance.json"):
+        files["provenance.json"] = _json({name: about[name] for name in _PROVENANCE if name in about})
+    for name, some in quantities.items():
         if (run.folder / f"{name}.safetensors").is_file():
-            files[f"{name}.safetensors"] = _some(run, name, quantities)
+            files[f"{name}.safetensors"] = _part(run, name, some)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: _pack(part, files))
 
@@ -69,7 +78,7 @@ def unpack(path: Path, folder: Path) -> Finished:
         job = KINDS[description["kind"]].from_description(description)
         if job.key != about.get("key"):
             raise ValueError(f"it says that it is the run {about.get('key')}, but describes {job.key}")
-    except (BadZipFile, EOFError, zlib.error, ValueError) as error:
+    except (BadZipFile, EOFError, LZMAError, ValueError) as error:
         raise ValueError(f"{path} is no kept run, or is damaged: {error}") from None
     return Finished(job, folder)
 
@@ -83,11 +92,19 @@ def _placeless(run: Finished) -> Mapping[str, object]:
     return description
 
 
-def _some(run: Finished, name: str, quantities: Collection[str]) -> bytes:
-    """A profile of the run with some of its quantities, as the file that `profiles.load` reads."""
+def _part(run: Finished, name: str, quantities: Collection[str]) -> bytes:
+    """Some quantities of a profile of the run, rounded, as the file that `profiles.load` reads."""
+    part = run.profile(name).select(quantities)
+    part = replace(part, measures={n: replace(m, values=rounded(m.values)) for n, m in part.measures.items()})
     with TemporaryDirectory() as folder:
-        run.profile(name).select(quantities).save(Path(folder) / name)
+        part.save(Path(folder) / name)
         return (Path(folder) / name).read_bytes()
+
+
+def rounded(values: Float32[Tensor, "example point"]) -> Float32[Tensor, "example point"]:
+    """The nearest numbers of 12 binary digits; the rest of each is zeros, which compress well."""
+    half = 1 << (_DROPPED - 1)
+    return ((values.view(torch.int32) + half) & -(1 << _DROPPED)).view(torch.float32)
 
 
 def _json(value: object) -> bytes:
@@ -98,4 +115,4 @@ def _pack(path: Path, files: Mapping[str, bytes]) -> None:
     """A zip file without times, in a fixed order."""
     with ZipFile(path, "w") as archive:
         for name in sorted(files):
-            archive.writestr(ZipInfo(name), files[name], ZIP_DEFLATED, 9)
+            archive.writestr(ZipInfo(name), files[name], ZIP_LZMA)

@@ -1,5 +1,6 @@
 """The pages of studies: figures that can be zoomed and asked, read off the drawn ones, and the table of claims."""
 
+import math
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -108,17 +109,19 @@ def _series(axes: "Axes") -> Iterator[Chart]:
             yield _line(axes, line, str(line.get_label()), [])
 
 
-def _line(axes: "Axes", line: "Line2D", label: str, ends: list[list[float]]) -> Chart:
+def _line(axes: "Axes", line: "Line2D", title: str, ends: list[list[float]]) -> Chart:
     if axes.name == "3d":
         x, _, y = line.get_data_3d()
     else:
         x, y = line.get_xdata(), line.get_ydata()
     x, y = [float(v) for v in x], [float(v) for v in y]
-    name = "" if label.startswith("_") else literal(label)
-    hover = [
-        f"{name or '&nbsp;'}<br>{literal(axes.get_xlabel())}: {a:.4g}<br><b>{b:.4g}</b>"
-        for a, b in zip(x, y, strict=True)
-    ]
+    name = "" if title.startswith("_") else literal(title)
+    names = {} if axes.name == "3d" else {place: text for place, text in _named(axes).get("ticks", ()) if _word(text)}
+    label, hover = literal(axes.get_xlabel()), []
+    for a, b in zip(x, y, strict=True):
+        near = min(names, key=lambda place: abs(place - a), default=math.inf)
+        where = names[near] if abs(near - a) < 0.5 else f"{a:.4g}"  # lines beside each other stand beside their name
+        hover.append("<br>".join((name or "&nbsp;", f"{label}: {where}" if label else where, f"<b>{b:.4g}</b>")))
     look = _look(line)
     marked, joined = line.get_marker() not in _NOTHING, line.get_linestyle() not in _NOTHING
     return {
@@ -132,6 +135,11 @@ def _line(axes: "Axes", line: "Line2D", label: str, ends: list[list[float]]) -> 
         "fresh": look["symbol"].endswith("-open"),
         "drawn": look,
     }
+
+
+def _word(text: str) -> bool:
+    """Whether a tick is a name and no number."""
+    return any(c.isalpha() for c in text)
 
 
 def _look(line: "Line2D") -> dict[str, str]:

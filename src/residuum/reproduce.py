@@ -156,7 +156,7 @@ def kept_runs(studies: Iterable[Study], kept: Path, place: Path) -> dict[str, Fi
     Args:
         studies: Whose runs.
         kept: The folder, as `keep_runs` has it; one that is not there has none.
-        place: An empty folder to unpack them into.
+        place: A folder to unpack them into, which is made.
 
     Raises:
         ValueError: If a file is no kept run, or is damaged, or is another run than its name says.

@@ -46,7 +46,7 @@ def reproduce(flags: Reproduce, command: str) -> None:
     choice, files = choose(flags.scale, flags.ids), _files(flags.files)
     jobs = stand_ins([job for study in choice.studies for job in study.jobs], files)
     with TemporaryDirectory() as place:
-        kept = kept_runs(choice.studies, flags.kept, Path(place)) if flags.kept else {}
+        kept = kept_runs(choice.studies, flags.kept, Path(place) / "before") if flags.kept else {}
         results = gather(jobs, flags.out) | kept
         if flags.list:
             screen.print(listing(choice, results))
@@ -61,6 +61,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
             results = gather(jobs, flags.out) | kept
         if flags.kept:
             added = keep_runs(choice.studies, results, flags.kept)
+            # Judged by what is kept, so that anybody who has it comes to the same verdicts.
+            results |= kept_runs(choice.studies, flags.kept, Path(place) / "after")
             screen.print(f"kept: {flags.kept.resolve()} ({len(kept) + added} runs, {added} of them new)")
         _report(choice, results, flags.out)
     if problem:

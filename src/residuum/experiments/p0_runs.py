@@ -24,7 +24,8 @@ SETS = {
 }
 INDICES = ("convergence", "recurrence", "divergence")
 PASSIVE = ("perturbation", "update_angle", "pairs", "readouts")
-QUANTITIES = ("intact_accuracy", "drop_last_accuracy", "unroll_1_accuracy", "chance")  # read beside the indices
+# Read of profiles, beside the indices.
+QUANTITIES = {"profile": ("intact_accuracy", "drop_last_accuracy", "unroll_1_accuracy", "chance")}
 PROBES = (*PASSIVE, "drops_last", "drops_first", "replacements", "shuffles", "extra_runs")
 
 

@@ -301,16 +301,18 @@ def unrolled(scale: float, quantity: str) -> str:
     return f"unrolled_{scale:g}_{quantity}"
 
 
-# What figures and claims read of profiles.
-QUANTITIES = (
-    *("gradient_cosine", "gradient_ratio", "scaled_perturbation", "state_norm"),
-    *("drop_accuracy", "intact_accuracy", "chance", "margin", "accuracy", "loss", "entropy"),
-    *(
-        unrolled(scale, name)
-        for scale in GRID
-        for name in ("accuracy", "loss", "entropy", "state_norm", "scaled_perturbation", "plugin_gradient_cosine")
+_ANSWERS = ("accuracy", "loss", "entropy")
+_EXTRA = tuple(unrolled(scale, name) for scale in GRID for name in _ANSWERS)
+_DIRECTIONS = ("state_norm", "scaled_perturbation", "plugin_gradient_cosine")
+# Read of profiles by figures and claims.
+QUANTITIES = {
+    "profile": (
+        *("gradient_cosine", "scaled_perturbation", "drop_accuracy", "intact_accuracy", "chance", "margin"),
+        *(*_ANSWERS, *_EXTRA, *(unrolled(scale, name) for scale in GRID for name in _DIRECTIONS)),
     ),
-)
+    "initial": ("gradient_cosine", "gradient_ratio", "gradient_norm", "scaled_perturbation", "state_norm"),
+    "train": ("gradient_cosine", "scaled_perturbation", "margin", *_ANSWERS, *_EXTRA),
+}
 
 
 def chosen_scale(run: Finished) -> float:

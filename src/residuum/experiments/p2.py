@@ -66,7 +66,7 @@ def study(scale: str) -> Study:
         figures=figures(scale),
         claims=tuple(claims),
         minutes=network_minutes,
-        quantities=("perturbation", "scaled_perturbation"),
+        quantities={"profile": ("perturbation", "scaled_perturbation"), "initial": ("scaled_perturbation",)},
     )
 
 
