@@ -41,8 +41,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_a_kept_run_holds_what_is_read_of_it(made: Finished, tmp_path: Path) -> None:
     path = tmp_path / "kept" / "p2" / "run.zip"
-    keep(made, path, dict.fromkeys(("profile", "initial", "train"), ("scaled_perturbation", "nothing")))
-    found = unpack(path, tmp_path / "there")
+    quantities = dict.fromkeys(("profile", "initial", "train"), ("scaled_perturbation", "nothing"))
+    keep(made, path, quantities)
+    found = unpack(path, tmp_path / "there", quantities)
     assert found.job == made.job
     assert found.job.key == made.job.key
     assert (found.history, found.indices) == (made.history, made.indices)
@@ -69,7 +70,7 @@ def test_a_real_run_on_a_file_is_kept_without_the_place_of_the_file(tmp_path: Pa
     assert isinstance(run, Run)
     finished = execute(run, tmp_path / "out")
     keep(finished, tmp_path / "run.zip", P2.quantities)
-    found = unpack(tmp_path / "run.zip", tmp_path / "there")
+    found = unpack(tmp_path / "run.zip", tmp_path / "there", P2.quantities)
     assert found.job.key == run.key
     text = b"".join(path.read_bytes() for path in (tmp_path / "there").iterdir())
     assert str(tmp_path).encode() not in text
@@ -79,19 +80,21 @@ def test_a_real_run_on_a_file_is_kept_without_the_place_of_the_file(tmp_path: Pa
 
 
 def test_values_are_rounded_to_the_nearest() -> None:
-    values = torch.tensor([[0.0, 1.0, -4095.0, torch.inf, torch.nan, torch.pi, -1e-30, 3e38]])
+    values = torch.tensor([[0.0, 1.0, -4095.0, torch.inf, torch.nan, torch.pi, -1e-30, 3.4028235e38]])
     found = rounded(values)
     torch.testing.assert_close(found, values, rtol=2**-12, atol=0, equal_nan=True)
     torch.testing.assert_close(found[0, :4], values[0, :4], rtol=0, atol=0)  # such numbers have at most 12 digits
-    assert (found.view(torch.int32) % 4096 == 0).all()
+    assert (found[:, :-1].view(torch.int32) % 4096 == 0).all()
     torch.testing.assert_close(rounded(found), found, rtol=0, atol=0, equal_nan=True)
+    undefined = torch.tensor([[0x7FFFFFFF, -1, 0x7F800001]], dtype=torch.int32).view(torch.float32)
+    assert rounded(undefined).isnan().all()
 
 
 def test_examples_are_kept_by_their_values(tmp_path: Path) -> None:
     example = replace(PAPER["sine"], depth=1, epochs=1, batch=50)
     finished = execute(example, tmp_path / "out")
     keep(finished, tmp_path / "run.zip", {})
-    found = unpack(tmp_path / "run.zip", tmp_path / "there")
+    found = unpack(tmp_path / "run.zip", tmp_path / "there", {})
     assert found.job == example
     assert found.values == finished.values
     before, after = (stored(example.trained(run.folder)) for run in (finished, found))
@@ -130,6 +133,30 @@ def rewritten(path: Path, change: Callable[[dict], None]) -> None:
             archive.writestr(name, content)
 
 
+def twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("history.json", "[]")
+
+
+def less(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        about = archive.read("run.json")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run.json", about)
+
+
+def no_object(path: Path) -> None:
+    rewritten(path, lambda about: about.update(description=None))
+
+
+def odd_seed(path: Path) -> None:
+    rewritten(path, lambda about: about["description"].update(seed="x"))
+
+
+def odd_training(path: Path) -> None:
+    rewritten(path, lambda about: about["description"].update(training=5))
+
+
 def other_seed(path: Path) -> None:
     rewritten(path, lambda about: about["description"].update(seed=77))
 
@@ -150,7 +177,12 @@ def strange_field(path: Path) -> None:
         (no_zip, "not a zip file"),
         (stranger, r"holds '\.\./outside\.txt'"),
         (other_seed, "but describes"),
-        (other_kind, "does not say what was run"),
+        (other_kind, "spell"),
+        (twice, "each file once"),
+        (less, "it holds"),
+        (no_object, ""),
+        (odd_seed, ""),
+        (odd_training, ""),
         (strange_field, "has no 'colour'"),
     ],
 )
@@ -161,7 +193,8 @@ def test_damaged_files_are_refused(
     keep(made, path, P2.quantities)
     damage(path)
     with pytest.raises(ValueError, match=rf"{made.job.key}\.zip is no kept run, or is damaged: .*{message}"):
-        unpack(path, tmp_path / "there")
+        unpack(path, tmp_path / "there", P2.quantities)
+    assert not (tmp_path / "there").exists()
     arguments = ["p2-1", "--check", "--scale", "tiny", "--out", str(tmp_path / "o"), "--kept", str(tmp_path / "kept")]
     assert main(["reproduce", *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -173,7 +206,14 @@ def test_a_file_under_the_name_of_another_run_is_refused(made: Finished, tmp_pat
     other = choose("tiny", ["p2-1"]).jobs[1]
     keep(made, tmp_path / "p2" / f"{other.key}.zip", P2.quantities)
     with pytest.raises(ValueError, match=f"is the run {made.job.key}, not {other.key}; move it away"):
-        kept_runs([P2], tmp_path, tmp_path / "there")
+        kept_runs([P2], stand_ins(P2.jobs, {}), tmp_path, tmp_path / "there")
+
+
+def test_what_was_kept_for_another_study_is_refused(made: Finished, tmp_path: Path) -> None:
+    path = tmp_path / "p2" / f"{made.job.key}.zip"
+    keep(made, path, P2.quantities | {"train": ("loss",)})
+    with pytest.raises(ValueError, match="was kept for another version of its study: remove it"):
+        kept_runs([P2], stand_ins(P2.jobs, {}), tmp_path, tmp_path / "there")
 
 
 def test_runs_on_a_file_are_found_without_the_file(tmp_path: Path) -> None:
@@ -186,8 +226,14 @@ def test_runs_on_a_file_are_found_without_the_file(tmp_path: Path) -> None:
     assert keep_runs(choice.studies, results, tmp_path / "kept") == 0  # each once
     said = files_read(choice.jobs, results)
     assert said == [f"cifar10 is read from c.npz, SHA-256 {next(iter(jobs.values())).data.sha256}."]
+    (study,) = (study for study in choice.studies if study.paper == "p2")
+    here = stand_ins(study.jobs, {"cifar10": write_npz(tmp_path / "d.npz")})
+    with pytest.raises(
+        ValueError, match=r"read c\.npz, SHA-256 .*; cifar10 is given as d\.npz, SHA-256 .*: give that file"
+    ):
+        kept_runs([study], here, tmp_path / "kept", tmp_path / "other")
     file.unlink()
-    found = kept_runs(choice.studies, tmp_path / "kept", tmp_path / "there")
+    found = kept_runs([study], stand_ins(study.jobs, {}), tmp_path / "kept", tmp_path / "there")
     assert {key: run.job.key for key, run in found.items()} == {key: job.key for key, job in jobs.items()}
     assert files_read(choice.jobs, found) == said
     (claim,) = choice.parts
@@ -217,16 +263,19 @@ def test_what_is_complete_is_added(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "(1 runs, 1 of them new)" in capsys.readouterr().out
     assert [path.name for path in kept.rglob("*.zip")] == [f"{first.key}.zip"]
     (tmp_path / "file").touch()
-    assert main([*arguments[:-1], str(tmp_path / "file")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for option in ("--check", "--list"):
+        assert main(["reproduce", "p2-1", option, *arguments[3:-1], str(tmp_path / "file")]) == 2
+        assert "is a file; --kept takes a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_published_verdicts_are_those_of_the_kept_runs(tmp_path: Path) -> None:
     kept = ROOT / "docs" / "results" / "runs"
     content = json.loads((ROOT / "docs" / "results" / "claims.json").read_text(encoding="utf-8"))
     published = {claim["id"]: claim for claim in content["claims"]}
     choice = choose(content["scale"], [])
-    results = kept_runs(choice.studies, kept, tmp_path / "there")
+    jobs = stand_ins([job for study in choice.studies for job in study.jobs], {})
+    results = kept_runs(choice.studies, jobs, kept, tmp_path / "there")
     names = {path.stem for path in kept.rglob("*.zip")}
     assert names == results.keys(), "every kept run is one that a study asks for"
     checked = 0

@@ -26,7 +26,7 @@ from residuum.experiments.p0_runs import (
 from residuum.experiments.p0_verdicts import guess_loss
 from residuum.jobs import Settings
 from residuum.profiles import Measure, Point, Profile
-from residuum.reproduce import keep_runs, kept_runs
+from residuum.reproduce import keep_runs, kept_runs, stand_ins
 from residuum.runs import DataConfig, Finished, Run, execute
 
 STUDY = study("p0", "small")
@@ -248,7 +248,7 @@ def test_all_of_it_in_small(tmp_path: Path) -> None:
     assert found["p0-mnist-one-block"].verdict in ("pass", "inconclusive")  # where the network guesses it is undefined
     assert all(figure.draw(results) for figure in tiny.figures)
     keep_runs([tiny], results, tmp_path / "kept")
-    kept = kept_runs([tiny], tmp_path / "kept", tmp_path / "there")
+    kept = kept_runs([tiny], stand_ins(tiny.jobs, {}), tmp_path / "kept", tmp_path / "there")
     again = {claim.id: judge(claim, kept) for claim in tiny.claims}
     assert {name: one.verdict for name, one in again.items()} == {name: one.verdict for name, one in found.items()}
     assert all(figure.draw(kept) for figure in tiny.figures)

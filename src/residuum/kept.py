@@ -1,6 +1,7 @@
 """Kept runs: what figures and claims read of a finished run, in one small file that can be committed and sent."""
 
 import json
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from lzma import LZMAError
@@ -13,7 +14,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from residuum.files import write_atomically
-from residuum.runfolders import FORMAT, read_object
+from residuum.names import one_line
+from residuum.runfolders import read_object
 from residuum.runs import Finished
 from residuum.worker import KINDS
 
@@ -21,8 +23,22 @@ _WHOLE = ("history.json", "indices.json", "values.json")
 _PROVENANCE = ("created", "seconds", "versions", "device", "dtype", "data_sha256", "parameters")
 _PROFILES = ("profile", "initial", "train")
 _WEIGHTS = "weights.safetensors"
-_NAMES = {"run.json", "provenance.json", *_WHOLE, *(f"{name}.safetensors" for name in _PROFILES), _WEIGHTS}
+_ABOUT = "run.json"
+_NAMES = {_ABOUT, "provenance.json", *_WHOLE, *(f"{name}.safetensors" for name in _PROFILES), _WEIGHTS}
 _DROPPED = 12  # of the 23 binary digits of a float32 behind the first
+# What reading a damaged file, or one that somebody wrote by hand, may raise.
+_DAMAGE = (
+    BadZipFile,
+    EOFError,
+    LZMAError,
+    zlib.error,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
 
 
 def keep(run: Finished, path: Path, quantities: Mapping[str, Collection[str]]) -> None:
@@ -42,45 +58,62 @@ def keep(run: Finished, path: Path, quantities: Mapping[str, Collection[str]]) -
     """
     whole = (*_WHOLE, _WEIGHTS) if (run.folder / "values.json").is_file() else _WHOLE
     files = {name: (run.folder / name).read_bytes() for name in whole if (run.folder / name).is_file()}
-    files["run.json"] = _json({"format": FORMAT, "key": run.job.key, "description": _placeless(run)})
     if about := read_object(run.folder / "provenance.json"):
         files["provenance.json"] = _json({name: about[name] for name in _PROVENANCE if name in about})
     for name, some in quantities.items():
         if (run.folder / f"{name}.safetensors").is_file():
             files[f"{name}.safetensors"] = _part(run, name, some)
+    about = {"key": run.job.key, "description": _placeless(run), "quantities": _listed(quantities)}
+    files[_ABOUT] = _json(about | {"files": sorted(files)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: _pack(part, files))
 
 
-def unpack(path: Path, folder: Path) -> Finished:
-    """The finished run that was kept, unpacked into an empty folder.
+def unpack(path: Path, folder: Path, quantities: Mapping[str, Collection[str]]) -> Finished:
+    """The finished run that was kept, unpacked into a new folder.
 
     Args:
         path: The file.
         folder: Where to; it is made.
+        quantities: What must have been kept, as in `keep`.
 
     Raises:
-        ValueError: If it is no kept run, is cut short or damaged, or does not fit this version of the code.
-        OSError: If it cannot be read, or the folder cannot be written.
+        ValueError: If it is no kept run, is cut short or damaged, does not fit this version of the code, or holds other
+            quantities.
+        OSError: If the folder cannot be written.
     """
-    folder.mkdir(parents=True)
     try:
-        with ZipFile(path) as archive:
-            strange = sorted(set(archive.namelist()) - _NAMES)
-            if strange:
-                raise ValueError(f"it holds {strange[0]!r}")
-            for name in archive.namelist():
-                (folder / name).write_bytes(archive.read(name))
-        about = read_object(folder / "run.json")
-        description = about.get("description", {})
-        if description.get("kind") not in KINDS:
-            raise ValueError("it does not say what was run")
-        job = KINDS[description["kind"]].from_description(description)
-        if job.key != about.get("key"):
-            raise ValueError(f"it says that it is the run {about.get('key')}, but describes {job.key}")
-    except (BadZipFile, EOFError, LZMAError, ValueError) as error:
-        raise ValueError(f"{path} is no kept run, or is damaged: {error}") from None
+        files = _read(path)
+        about = json.loads(files[_ABOUT])
+        job = KINDS[about["description"]["kind"]].from_description(about["description"])
+        if job.key != about["key"]:
+            raise ValueError(f"it says that it is the run {about['key']}, but describes {job.key}")
+        if sorted(files.keys() - {_ABOUT}) != about["files"]:
+            raise ValueError(f"it holds {sorted(files)}, not {about['files']}")
+        kept = about["quantities"]
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is no kept run, or is damaged: {one_line(error)}") from None
+    if kept != _listed(quantities):
+        raise ValueError(f"{path} was kept for another version of its study: remove it, and have the run kept anew")
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     return Finished(job, folder)
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """The files in a zip file by their names, all of which are ours."""
+    with ZipFile(path) as archive:
+        names = archive.namelist()
+        if strange := sorted(set(names) - _NAMES):
+            raise ValueError(f"it holds {strange[0]!r}")
+        if len(set(names)) < len(names) or _ABOUT not in names:
+            raise ValueError(f"it holds {names}: each file once, and {_ABOUT} among them, was expected")
+        return {name: archive.read(name) for name in names}
+
+
+def _listed(quantities: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+    return {name: sorted(some) for name, some in sorted(quantities.items())}
 
 
 def _placeless(run: Finished) -> Mapping[str, object]:
@@ -104,7 +137,8 @@ def _part(run: Finished, name: str, quantities: Collection[str]) -> bytes:
 def rounded(values: Float32[Tensor, "example point"]) -> Float32[Tensor, "example point"]:
     """The nearest numbers of 12 binary digits; the rest of each is zeros, which compress well."""
     half = 1 << (_DROPPED - 1)
-    return ((values.view(torch.int32) + half) & -(1 << _DROPPED)).view(torch.float32)
+    found = ((values.view(torch.int32) + half) & -(1 << _DROPPED)).view(torch.float32)
+    return torch.where(values.isfinite() & found.isfinite(), found, values)
 
 
 def _json(value: object) -> bytes:

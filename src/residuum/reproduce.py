@@ -150,34 +150,44 @@ def keep_runs(studies: Iterable[Study], results: Results, kept: Path) -> int:
     return added
 
 
-def kept_runs(studies: Iterable[Study], kept: Path, place: Path) -> dict[str, Finished]:
+def kept_runs(studies: Iterable[Study], jobs: Mapping[str, Job], kept: Path, place: Path) -> dict[str, Finished]:
     """The runs that are kept in a folder, by the key under which studies ask for them, whichever file they read.
 
     Args:
         studies: Whose runs.
+        jobs: What is run here for each, as `stand_ins` has it. Where that reads a file, a kept run must have, too.
         kept: The folder, as `keep_runs` has it; one that is not there has none.
         place: A folder to unpack them into, which is made.
 
     Raises:
-        ValueError: If a file is no kept run, or is damaged, or is another run than its name says.
+        ValueError: If a file is no kept run, or is damaged, is another run than its name says, or read other data than
+            what is given here.
+        NotADirectoryError: If `kept` is a file.
         OSError: If a file cannot be read.
     """
+    if kept.exists() and not kept.is_dir():
+        raise NotADirectoryError(f"{kept} is a file; --kept takes a folder")
     found = {}
     for study in studies:
         for job in study.jobs:
             path = kept / study.paper / f"{job.key}.zip"
             if path.is_file():
-                found[job.key] = unpack(path, place / job.key)
-                if _named(found[job.key].job, job).key != job.key:
-                    raise ValueError(f"{path} is the run {found[job.key].job.key}, not {job.key}; move it away")
+                found[job.key] = unpack(path, place / job.key, study.quantities)
+                _check_kept(path, found[job.key].job, job, jobs[job.key])
     return found
 
 
-def _named(job: Job, asked: Job) -> Job:
-    """A run on a file as if it were on the data set in whose place the file was read."""
-    if not (isinstance(job, Run) and isinstance(asked, Run) and job.data.sha256):
-        return job
-    return replace(job, data=replace(job.data, name=asked.data.name, sha256=""))
+def _check_kept(path: Path, job: Job, asked: Job, here: Job) -> None:
+    """Refuse a kept run that is not what was asked for, or read another file than is read here."""
+    stands_in = isinstance(job, Run) and isinstance(asked, Run) and job.data.sha256 and not asked.data.clutter
+    named = replace(job, data=replace(job.data, name=asked.data.name, sha256=asked.data.sha256)) if stands_in else job
+    if named.key != asked.key:
+        raise ValueError(f"{path} is the run {job.key}, not {asked.key}; move it away")
+    if stands_in and here.data.sha256 not in ("", job.data.sha256):
+        raise ValueError(
+            f"{path} read {Path(job.data.name).name}, SHA-256 {job.data.sha256[:8]}..; {asked.data.name} is given as "
+            f"{Path(here.data.name).name}, SHA-256 {here.data.sha256[:8]}..: give that file, or another folder"
+        )
 
 
 def files_read(jobs: Iterable[Job], results: Results) -> list[str]:

@@ -36,8 +36,9 @@ def reproduce(flags: Reproduce, command: str) -> None:
         command: The command as it was typed.
 
     Raises:
-        ValueError: If a name is unknown or a kept run is damaged; or runs are not complete in the end: the report is
-            written all the same.
+        ValueError: If a name is unknown, or a kept run is damaged or read other data; or if runs are not complete in
+            the end: the report is written all the same.
+        OSError: If something cannot be read or written.
         FileNotFoundError: If data are not there; the message says how to get them.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
@@ -46,7 +47,7 @@ def reproduce(flags: Reproduce, command: str) -> None:
     choice, files = choose(flags.scale, flags.ids), _files(flags.files)
     jobs = stand_ins([job for study in choice.studies for job in study.jobs], files)
     with TemporaryDirectory() as place:
-        kept = kept_runs(choice.studies, flags.kept, Path(place) / "before") if flags.kept else {}
+        kept = kept_runs(choice.studies, jobs, flags.kept, Path(place) / "before") if flags.kept else {}
         results = gather(jobs, flags.out) | kept
         if flags.list:
             screen.print(listing(choice, results))
@@ -62,7 +63,7 @@ def reproduce(flags: Reproduce, command: str) -> None:
         if flags.kept:
             added = keep_runs(choice.studies, results, flags.kept)
             # Judged by what is kept, so that anybody who has it comes to the same verdicts.
-            results |= kept_runs(choice.studies, flags.kept, Path(place) / "after")
+            results |= kept_runs(choice.studies, jobs, flags.kept, Path(place) / "after")
             screen.print(f"kept: {flags.kept.resolve()} ({len(kept) + added} runs, {added} of them new)")
         _report(choice, results, flags.out)
     if problem:

@@ -12,6 +12,7 @@ from residuum.experiments.p2_runs import (
     EPS,
     PREDICTED,
     PRINTED,
+    QUANTITIES,
     SCALED,
     SCALES,
     SETS,
@@ -66,7 +67,7 @@ def study(scale: str) -> Study:
         figures=figures(scale),
         claims=tuple(claims),
         minutes=network_minutes,
-        quantities={"profile": ("perturbation", "scaled_perturbation"), "initial": ("scaled_perturbation",)},
+        quantities=QUANTITIES,
     )
 
 

@@ -23,6 +23,8 @@ SCALED = {"mnist": (4.11, 3.12, 4.58, 11.81), "cifar10": (3.69, 3.81, 4.27, 11.7
 CROSSING = {"mnist": (40, 32, 40, 112), "cifar10": (34, 38, 48, 120)}
 PREDICTED = {"mnist": (42, 32, 46, 120), "cifar10": (37, 39, 43, 119)}
 PRINTED = {"mnist": (37, 39, 43), "cifar10": (42, 32, 36)}
+# Read of profiles by figures and claims.
+QUANTITIES = {"profile": ("perturbation", "scaled_perturbation"), "initial": ("scaled_perturbation",)}
 EPS = 0.1  # the mean scaled perturbation to reach, P2 section 3.5.1
 
 Curve = dict[int, float]  # a number by the depth L
