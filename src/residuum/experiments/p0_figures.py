@@ -333,7 +333,7 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
         data: {size: cells for size, table in sizes.items() if (cells := _having(results, {"": table}).get(""))}
         for data, sizes in tables.items()
     }
-    having = {data: sizes for data, sizes in having.items() if sizes}
+    having = {data: sizes for data, sizes in having.items() if len(sizes) > 1}
     if not having:
         return None
     figure, axes = panels("", 1, len(having), width=5.2, height=4.2)
@@ -351,7 +351,7 @@ def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Dr
         ax.set_xticks([], minor=True)
         ax.set(title=SETS[data], xlabel="training images", ylabel="test accuracy, %")
         _legend(ax)
-    if len(gains) > len(having):  # more than one size of a set
+    if gains:
         figure.suptitle(f"With all or fewer images strength 1 changes accuracy by {_range(gains)} points")
     return figure
 
