@@ -376,7 +376,7 @@ def _naive(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
     for ax in (curves, ratios):
         _epochs(ax)
         plain_ticks(ax)
-        ax.legend()
+    curves.legend()  # in the other panels colours and marks are the same
     found = ", ".join(f"{NAMES[name]} {value:.1f} %" for name, value in said.items())
     figure.suptitle(f"Test errors: {found}", fontsize=12)
     return figure
