@@ -12,7 +12,8 @@ def fast_layout(model: nn.Module) -> torch.memory_format:
 
     Except where that corrupts memory: on x86 processors without AVX-512, oneDNN 3.12 (of torch 2.13) writes beyond its
     buffer in the gradient of the weights of a 1x1 convolution with a stride, if it is channels-last and its input
-    channels are no multiple of 8. Networks with such a convolution stay in torch's usual layout there.
+    channels are no multiple of 8. Networks with such a convolution stay in torch's usual layout on every processor that
+    torch does not take for one with AVX-512.
 
     Args:
         model: Any network.
