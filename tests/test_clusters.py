@@ -55,8 +55,10 @@ def test_ray_loses_a_node_and_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with two_nodes(monkeypatch) as (cluster, second):
 
         def kill() -> None:
-            steps = [tmp_path / "runs" / job.key / "checkpoint" for job in good]
-            while sum(step.exists() for step in steps) < 2:
+            # Each node has one processor, so two unfinished runs with checkpoints are one on either. (A first run that
+            # is complete already says nothing of the second node, which may still be starting.)
+            folders = [tmp_path / "runs" / job.key for job in good]
+            while sum((f / "checkpoint").exists() and not (f / "values.json").exists() for f in folders) < 2:
                 time.sleep(0.05)
             cluster.remove_node(second, allow_graceful=False)
 
