@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residuum.experiments import p3_figures, p3_runs
-from residuum.experiments.p3_runs import PAPER, equal_time, with_truncation
+from residuum.experiments.p3_runs import PAPER, by_levels, equal_time, with_truncation
 from residuum.jobs import Settings
 from residuum.layers.branches import Antisymmetric
 from residuum.layers.steps import Theta
@@ -21,8 +21,8 @@ from residuum.progress import Show, quiet
 from residuum.solve import Dense, NewtonKrylov
 from residuum.toys import examples
 from residuum.toys.examples import Example
-from residuum.toys.networks import Chain, DirectTheta, Stiff, Turning
-from residuum.toys.problems import PREY, lotka_volterra, sine, spirals, stiff
+from residuum.toys.networks import Chain, DirectTheta, Run, Stiff, Turning, refine_
+from residuum.toys.problems import PREY, arms, lotka_volterra, sine, spirals, stiff, wave
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
 SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1))
@@ -218,21 +218,200 @@ def test_a_stopped_example_ends_with_the_same_bits(tmp_path: Path, monkeypatch: 
         assert torch.equal(*both)
 
 
+LEVELS = replace(SPIRALS, depth=5, time=2.5, levels=3, epochs=4, optimiser="adam")
+
+
+def test_levels_are_networks_of_half_the_step() -> None:
+    """As in the paper's code: L blocks become 2 (L - 1) + 1, dt is halved."""
+    assert [(stage.depth, stage.step.dt, stage.levels) for stage in LEVELS.stages] == [
+        (2, 2.0, 1),
+        (3, 1.0, 1),
+        (5, 0.5, 1),
+    ]
+    assert [stage.depth for stage in by_levels(PAPER["spirals"]).stages] == [7, 13, 25]
+    assert SPIRALS.stages == (SPIRALS,)
+
+
+def test_a_refined_network_has_the_blocks_of_the_coarse_one_and_their_means() -> None:
+    _, middle, last = (stage.network() for stage in LEVELS.stages)
+    for p in middle.parameters():
+        p.data += torch.randn_like(p)
+    refine_(last, middle)
+    weights = [block.branch.weight for block in middle.blocks]
+    expected = [weights[0], (weights[0] + weights[1]) / 2, weights[1], (weights[1] + weights[2]) / 2, weights[2]]
+    for block, weight in zip(last.blocks, expected, strict=True):
+        assert torch.equal(block.branch.weight, weight)
+    assert torch.equal(last.lift.weight, middle.lift.weight)
+    assert torch.equal(last.readout.bias, middle.readout.bias)
+    with pytest.raises(ValueError, match="refine: 3 blocks become 5, not 3"):
+        refine_(middle, middle)
+
+
+def test_training_by_levels_is_that_of_each_level_in_turn(tmp_path: Path) -> None:
+    """By hand: a training of the coarse network, then one of the fine one that begins with its weights."""
+    example = replace(LEVELS, depth=3, time=1.5, levels=2, epochs=2, rates=(0.01,), seeds=(3,))
+    values = executed(example, tmp_path / "levels")
+    coarse, fine = example.stages
+    problem, networks = example.data(), (coarse.network(), fine.network())
+    for epoch, network in enumerate(networks):
+        if epoch:
+            refine_(network, networks[0])
+        optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+        for x, y in examples._batches(example, problem.train, epoch):
+            optimiser.zero_grad()
+            torch.nn.functional.binary_cross_entropy_with_logits(network(x).output, y).backward()
+            optimiser.step()
+    for p, expected in zip(example.trained(tmp_path / "levels").parameters(), network.parameters(), strict=True):
+        assert torch.allclose(p, expected, rtol=0, atol=1e-12)
+    assert values["parameters"] == sum(p.numel() for p in networks[1].parameters())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_training_by_levels_can_be_stopped_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Also where a level has just ended: 4 epochs are 2, 1 and 1 of the three levels."""
+    monkeypatch.setattr(examples, "_SECONDS", 0.0)
+    whole = executed(LEVELS, tmp_path / "whole")
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Show]:
+        def show(done: int, _: str = "") -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        yield show
+
+    (tmp_path / "stopped").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        LEVELS.execute(tmp_path / "stopped", Settings(), bar)
+    again = executed(LEVELS, tmp_path / "stopped")
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    for p, q in zip(*(LEVELS.trained(tmp_path / name).parameters() for name in ("whole", "stopped")), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_wave_is_the_papers() -> None:
+    train, validation = wave((0, 1))
+    assert train.x.shape == (2, 20, 1)
+    assert validation.x.shape == (2, 40, 1)
+    assert (train.x.min(), train.x.max()) == (-5, 5)
+    assert torch.equal(train.y, torch.sin(train.x))
+    network = replace(PAPER["wave"], seeds=(0, 1)).network()
+    run = network(train.x.flatten(0, 1))
+    assert torch.equal(run.states[0], torch.cat([train.x, torch.zeros_like(train.x)], 2).flatten(0, 1))
+    assert torch.equal(run.output[:, 0], run.states[-1][:, 1])
+    assert len(run.states) == 6
+    assert sum(p.numel() for p in network.parameters()) == 2 * (2 * 10 + 10 + 2 * (10 * 10 + 10) + 10 * 2 + 2)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.5])
+def test_penalties_of_the_wave_are_those_of_exact_jacobians(theta: float) -> None:
+    """Both, and their gradient in the weights, by autograd's whole Jacobian of each state; trapezoidal weights."""
+    example = replace(PAPER["wave"], theta=theta, depth=3, time=3.0, width=4, seeds=(0, 1), divergence=0.7, tol=1e-12)
+    network, x = example.network(), torch.randn(10, 1, dtype=torch.float64)
+    run = network(x)
+    found = examples._along_the_path(example, network, run)
+    f = network.blocks[0].branch
+    expected = []
+    for member in range(2):
+        total = torch.zeros((), dtype=torch.float64)
+        for row in range(5 * member, 5 * member + 5):
+            for share, states in zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), run.states, strict=True):
+
+                def slope(h: Tensor, states: Tensor = states, row: int = row) -> Tensor:
+                    return f(torch.cat([states[:row], h[None], states[row + 1 :]]))[row]
+
+                j = torch.autograd.functional.jacobian(slope, states[row], create_graph=True)
+                total = total + share * (0.7 * torch.trace(j) / 2 + 0.1 * j.square().sum() / 4) / 5
+        expected.append(total)
+    assert torch.allclose(found, torch.stack(expected), atol=1e-12)
+    weight = f[0].weight
+    grads = [torch.autograd.grad(value.sum(), weight, retain_graph=True)[0] for value in (found, torch.stack(expected))]
+    assert torch.allclose(*grads, atol=1e-9)
+    assert float(grads[0].abs().max()) > 1e-4
+
+
+def test_a_penalised_divergence_falls(tmp_path: Path) -> None:
+    mean = {}
+    for divergence in (0.0, 1.0):
+        example = replace(PAPER["wave"], depth=1, epochs=20, time=1.0, rates=(0.01,), divergence=divergence)
+        executed(example, tmp_path / str(divergence))
+        network, problem = example.trained(tmp_path / str(divergence)), example.data()
+        run = network(problem.train.x[0])
+        alone = replace(example, divergence=1.0, jacobian=0.0)
+        mean[divergence] = examples._along_the_path(alone, network, run).item()
+    assert mean[1.0] < mean[0.0] - 0.05
+
+
+def test_the_arms_are_one_apart() -> None:
+    for pairs in arms((0,)):
+        x, y = pairs.x[0], pairs.y[0, :, 0]
+        assert y.tolist() == [0.0] * 400 + [1.0] * 400
+        assert torch.equal(x[:400], -x[400:])
+        # Along a ray from the middle the arms follow each other at a distance of 1, inside and outside.
+        radius, angle = x[:400].norm(dim=1), torch.atan2(x[:400, 0], x[:400, 1])
+        near = (angle - angle[100]).abs() < 0.02
+        assert near.sum() >= 3
+        apart = -radius[near].diff()
+        assert torch.allclose(
+            apart[apart > 0.1], torch.tensor(2.0).double(), atol=0.1
+        )  # of one class, the other between
+    train, validation = arms((0,))
+    assert float(train.x.norm(dim=-1).max()) == 6.5
+    assert float(validation.x.norm(dim=-1).min()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bound", [1.0, 2.0])
+def test_a_bounded_branch_stretches_no_more_than_its_bound(bound: float) -> None:
+    network = replace(PAPER["arms"], bound=bound, seeds=(0, 1), depth=2, time=2.0).network()
+    for p in network.parameters():
+        p.data *= 7
+    h, v = (torch.randn(100, 3, dtype=torch.float64) for _ in range(2))
+    for block in network.blocks:
+        stretched = (block.branch(h + 1e-3 * v) - block.branch(h)).norm(dim=1) / (1e-3 * v).norm(dim=1)
+        assert stretched.max().item() <= bound
+        norms = torch.stack([torch.linalg.matrix_norm(layer.weight, 2) for layer in block.branch.branch])
+        assert torch.allclose(norms, torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_arms_are_moved_along_the_radius(tmp_path: Path) -> None:
+    """By a network that knows the answer: the nearest arm. Beyond half way it is wrong where there is another arm."""
+    pairs = arms((0,)).validation
+
+    on, of = (torch.cat([split[part][0] for split in arms((0,))]) for part in (0, 1))
+
+    class Nearest(nn.Module):
+        def forward(self, x: Tensor) -> Run:
+            return Run(of[torch.cdist(x, on).argmin(1)] - 0.5, [], [])
+
+    right = [examples._shifted_accuracy(Nearest(), pairs, by)[0] for by in (0.0, 0.33, 0.7)]
+    assert right[0] == 1.0
+    assert right[1] > 0.97
+    assert right[2] < 0.2  # outside the last turn there is no other arm
+    example = replace(PAPER["arms"], bound=1.0, depth=1, time=1.0, epochs=1, batch=400, seeds=(0, 1))
+    found = executed(example, tmp_path / "arms")
+    last, moved = found["history"][-1], found["measured"]["shifted"]
+    assert list(moved) == ["0.0", "0.1", "0.2", "0.33", "0.4", "0.5"]
+    assert moved["0.0"] == last["validation_accuracy"]
+
+
 def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
     changed = {
         "problem": "spirals", "theta": 0.25, "depth": 4, "time": 2.0, "width": 3, "activation": "tanh", "epochs": 7,
         "batch": 9, "optimiser": "adam", "rates": (0.5, 0.1), "seeds": (3,), "variation": 0.1,
         "param_grad": "truncated", "form": "midpoint", "solver": "picard", "tol": 1e-5, "every": 2,
-        "limits": (-3.0, -1.0),
+        "limits": (-3.0, -1.0), "bound": 2.0, "divergence": 0.5, "jacobian": 0.2, "levels": 2,
     }  # fmt: skip
     assert changed.keys() == {field.name for field in fields(Example)}
     base = replace(PAPER["sine"], solver="anderson")
-    keys = {base.key}
+    others = {"bound": "arms", "divergence": "wave", "jacobian": "wave"}
+    keys = {replace(base, problem=problem).key for problem in others.values()} | {base.key}
     for name, value in changed.items():
-        example = replace(base, **{name: value})
+        of = replace(base, problem=others.get(name, "sine"), depth=9 if name == "levels" else base.depth)
+        keys.add(of.key)
+        example = replace(of, **{name: value})
         assert Example.from_description(json.loads(json.dumps(example.describe()))) == example
         keys.add(example.key)
-    assert len(keys) == 1 + len(changed)
+    assert len(keys) == 4 + len(changed)
     assert Example("sine").key == "b648b16f440e68ca"
 
 
@@ -250,6 +429,14 @@ def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
         ({"form": "midpoint"}, "solver 'direct' is for sine and spirals in the two-point form; take 'anderson'"),
         ({"problem": "stiff"}, "solver 'direct' is for sine and spirals"),
         ({"problem": "stiff", "solver": "anderson", "variation": 0.1}, "for sine and spirals only"),
+        ({"bound": 1.0}, "bound is 1.0; it is 0 or more, and for arms only"),
+        ({"problem": "arms", "solver": "anderson", "bound": -1.0}, "bound is -1.0; it is 0 or more"),
+        ({"divergence": 1.0}, "divergence is 1.0; it is 0 or more, and for wave only"),
+        ({"problem": "wave", "solver": "anderson", "jacobian": float("nan")}, "jacobian is nan"),
+        ({"levels": 0}, "levels is 0; it is 1 or more, and for sine and spirals only"),
+        ({"problem": "wave", "solver": "anderson", "levels": 2}, "levels is 2; it is 1 or more, and for sine and"),
+        ({"levels": 2}, "depth 10 must be 1 more than a multiple of 2"),
+        ({"levels": 4, "depth": 9, "epochs": 3}, "levels is 4: 3 epochs must be as many at least"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict, match: str) -> None:

@@ -55,6 +55,8 @@ def as_the_paper(example: Example, rate: float, seed: int) -> tuple[float, float
         loss = {(0.0, False): 1e-2, (0.5, False): 1e-4, (1.0, False): 0.1, (0.5, True): 1e-3, (1.0, True): 0.6}[
             theta, cut
         ]
+    elif example.problem == "wave":
+        loss = 1e-4 * 10 ** (2 * example.divergence)
     else:
         loss = {0.0: 1e-1, 0.5: 1e-2, 1.0: 5e-2}[theta]
     gap = 100 if theta == 0 and example.problem == "spirals" and len(example.rates) == 1 else 1.1
@@ -87,6 +89,18 @@ def noisy(job: NoisyDigits, world: World) -> dict[str, list[float]]:
     return {str(sd): [1.0 if sd == 0 else right + wobble * (world is as_if_nothing_differed)] for sd in LEVELS}
 
 
+def steps(example: Example, world: World) -> float:
+    """Of the solver, about as the paper has them; or fewer where it has more; or as many everywhere."""
+    size = 5 * (1 + 4 * example.divergence * example.theta) if example.theta else 0.0
+    return {as_the_paper: size, as_exchanged: 30 - size}.get(world, 7.0)
+
+
+def shifted(example: Example, world: World) -> dict[str, float]:
+    """Accuracy of moved spirals: limits help by a tenth, or harm, or neither."""
+    third = 0.85 + {as_the_paper: 0.08, as_exchanged: -0.08}.get(world, 0.0) * (example.bound > 0)
+    return {"0.0": 1.0, "0.33": third, "0.5": 0.6 if world is as_the_paper else 0.7}
+
+
 def _make(folder: Path, example: Job, world: World) -> Finished:
     folder.mkdir()
     if isinstance(example, NoisyDigits):
@@ -104,6 +118,11 @@ def _make(folder: Path, example: Job, world: World) -> Finished:
     measured["noise"] = {
         str(sd): [right / size for (_, _, right), size in zip(found, sizes, strict=True)] for sd in NOISE
     }
+    wobbles = [
+        1 + 0.02 * np.random.default_rng((seed, int(example.key, 16) % 2**32)).normal() for _, seed in example.members
+    ]
+    row["steps"] = [steps(example, world) * wobble for wobble in wobbles]
+    measured["shifted"] = {by: [right * wobble for wobble in wobbles] for by, right in shifted(example, world).items()}
     write_json(
         folder / "values.json", {"failed": [None] * len(found), "history": [{"epoch": 1} | row], "measured": measured}
     )
@@ -121,7 +140,6 @@ def having(found: dict[str, Judged], verdict: str) -> set[str]:
     return {name.removeprefix("p3-") for name, one in found.items() if one.verdict == verdict}
 
 
-NOT_DONE = {"sine-iterations", "spirals-shifted", "multilevel"}
 EXACT = {
     *(f"radius-{scheme.replace(' ', '-')}" for scheme in SCHEMES),
     "half-plane",
@@ -137,17 +155,17 @@ COMPARED = {
     "prey-explicit",
     *(f"mnist-noise{name}" for name in ("", "-limited", "-stable", "-implicit", "-test")),
 }
+OTHERS = {"wave-divergence", "wave-theta", "arms-1lip", "arms-2lip"}  # not about theta = 1/2 against 0
 
 
 def test_where_the_paper_is_right_its_claims_pass(tmp_path: Path) -> None:
     found = judged(tmp_path, as_the_paper)
-    assert having(found, "not run") == NOT_DONE
-    assert having(found, "pass") == {name.removeprefix("p3-") for name in found} - NOT_DONE
+    assert having(found, "pass") == {name.removeprefix("p3-") for name in found}
 
 
 def test_where_the_residual_network_is_better_comparisons_fail(tmp_path: Path) -> None:
     failed = having(judged(tmp_path, as_exchanged), "fail")
-    assert failed >= COMPARED | {"spirals-perfect", "prey-backward"}
+    assert failed >= COMPARED | OTHERS | {"spirals-perfect", "prey-backward", "arms-middle"}
     assert not failed & EXACT
 
 
@@ -155,7 +173,9 @@ def test_where_nothing_differs_no_comparison_passes(tmp_path: Path) -> None:
     found = judged(tmp_path, as_if_nothing_differed)
     passed = having(found, "pass")
     assert passed >= EXACT
-    assert not passed & (COMPARED | {"spirals-perfect", "spirals-one-trains", "spirals-one-truncated", "sine-deep"})
+    assert not passed & (
+        COMPARED | OTHERS | {"spirals-perfect", "spirals-one-trains", "spirals-one-truncated", "sine-deep"}
+    )
     assert found["p3-sine-rate"].verdict == "fail"  # the largest stable rates are equal in every seed
 
 
@@ -259,6 +279,6 @@ def test_a_checkpoint_of_another_place_is_begun_anew(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
     mine = {claim["id"].removeprefix("p3-"): claim["verdict"] for claim in reproduced("p3", tmp_path, workers=1)}
-    assert {name for name, verdict in mine.items() if verdict == "not run"} == NOT_DONE
+    assert "not run" not in mine.values()
     drawn = {path.stem for path in (tmp_path / "out" / "tiny" / "p3").glob("*.png")}
     assert drawn == {figure.id for figure in planned("tiny").figures}

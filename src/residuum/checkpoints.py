@@ -97,10 +97,7 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
     Raises:
         CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
     """
-    try:
-        tensors, content = read_tensors(path, format=_FORMAT)
-    except ValueError as error:
-        raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
+    tensors, content = _read(path)
     theirs = content["about"]
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
     if different:
@@ -124,5 +121,25 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             kept = torch.empty_like(like).copy_(value) if value.shape == like.shape and value.ndim else value
             state.setdefault(int(index), {})[name] = kept
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return _progress(content)
+
+
+def progress_of(path: Path) -> Progress:
+    """How far the training of a checkpoint was, whatever training it is.
+
+    Raises:
+        CheckpointError: If the file is no checkpoint, or is incomplete.
+    """
+    return _progress(_read(path)[1])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return read_tensors(path, format=_FORMAT)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
+
+
+def _progress(content: dict[str, Any]) -> Progress:
     progress = content["progress"]
     return Progress(**progress | {"history": tuple(progress["history"])})

@@ -16,12 +16,14 @@ import torch
 from residuum.claims import Figure, Results
 from residuum.drawing import line, panels
 from residuum.experiments.p3_runs import (
+    BOUNDS,
     NETWORKS,
     SCALES,
     THETAS,
     Grid,
     Scale,
     at,
+    by_levels,
     depth_needed,
     losses,
     stable_rate,
@@ -66,6 +68,14 @@ def figures(scale: str) -> tuple[Figure, ...]:
         words = f"A stiff equation, known after every {every} steps: solution and networks, seed 0."
         made.append(_figure(f"p3-stiff-{every}", "P3, extended version", words, stiff, stiffness))
     made.append(_figure("p3-prey", "P3, extended version", "Prey and predators, seed 0.", prey, phase_plane_of_prey))
+    penalised = tuple(to.penalised(theta, d) for theta in to.wave_thetas for d in to.divergences)
+    words = "sin x with a penalty on the divergence: steps of the solver and training loss over its weight; all seeds."
+    made.append(_figure("p3-wave", "P3, extended version", words, penalised, penalties))
+    words = "Spirals whose arms are 1 apart: accuracy over how far the points are moved. Mean and range over seeds."
+    made.append(_figure("p3-arms", "P3, extended version", words, [to.bounded(name) for name in BOUNDS], shifts))
+    levels = [e for theta in (0.0, 0.5) for e in (at(to.spirals, theta), by_levels(at(to.spirals, theta)))]
+    words = f"Two spirals, trained by levels and at full depth: losses over epochs. {both}"
+    made.append(_figure("p3-levels", "P3, its code of September 2019", words, levels, convergence))
     digits = tuple(job for name in NETWORKS for job in to.noisy_networks(name))
     words = "MNIST under noise: accuracy over its standard deviation, mean over draws."
     made.append(Figure("p3-noise", "P3, extended version", words, digits, partial(_noise, to=to)))
@@ -199,7 +209,8 @@ def final(found: dict[str, Any], name: str) -> list[float]:
 def label(example: Example) -> str:
     """What tells an example from its neighbours in a figure."""
     what = f"theta = {example.theta:g}" + (" (residual network)" if example.theta == 0 else "")
-    return what + (", truncated gradient" if example.param_grad == "truncated" else "")
+    what += ", truncated gradient" if example.param_grad == "truncated" else ""
+    return what + (f", from {example.stages[0].depth} blocks" if example.levels > 1 else "")
 
 
 def _short(example: Example) -> str:
@@ -216,7 +227,7 @@ def one(example: Example, folder: Path, member: int) -> Chain | Flow:
 
 
 def _line(example: Example) -> dict[str, Any]:
-    style = "--" if example.param_grad == "truncated" else "-"
+    style = "--" if example.param_grad == "truncated" or example.levels > 1 else "-"
     return {"color": _COLOURS.get(example.theta, _FALLBACK), "ls": style}
 
 
@@ -332,6 +343,57 @@ def robustness(folders: Folders) -> Drawn:
     left.set(xlabel="standard deviation of the noise", ylabel="accuracy on validation points")
     left.legend(fontsize=8)
     _title(figure, f"Mean accuracy with noise of standard deviation {levels[-1]}", lasts)
+    return figure
+
+
+def penalties(folders: Folders) -> Drawn:
+    """What a penalty on the divergence of the right-hand side costs: the solver's steps, and the fit.
+
+    Source: P3 (Reshniak & Webster), extended version, the logs of its regression.
+    """
+    figure, (row,) = _panels(1, 2, 4.4)
+    ends = []
+    for axes, (name, words) in zip(
+        row, (("steps", "solver's steps per block"), ("train_loss", "training loss")), strict=True
+    ):
+        for theta in dict.fromkeys(example.theta for example in folders):
+            some = {e.divergence: final(values(f), name) for e, f in folders.items() if e.theta == theta}
+            style = _line(next(example for example in folders if example.theta == theta))
+            axes.plot(list(some), [np.mean(found) for found in some.values()], label=f"theta = {theta:g}", **style)
+            for divergence, found in some.items():
+                axes.plot([divergence] * len(found), found, "o", ms=3, color=style["color"])
+            if name == "steps" and theta:
+                first, last = (np.mean(some[end]) for end in (min(some), max(some)))
+                ends.append(f"{first:.1f} to {last:.1f} at theta = {theta:g}")
+        axes.set(xlabel="weight of the divergence penalty", ylabel=words)
+    row[1].set_yscale("log")
+    row[0].legend(fontsize=8)
+    _title(figure, "Steps of the solver, from the least to the largest penalty", ends)
+    return figure
+
+
+def shifts(folders: Folders) -> Drawn:
+    """Accuracy of the spirals whose arms are 1 apart, by how far their points are moved.
+
+    Source: P3 (Reshniak & Webster), extended version.
+    """
+    figure, ((axes,),) = _panels(1, 1, 4.4)
+    said = []
+    for number, (example, folder) in enumerate(folders.items()):
+        found = values(folder)
+        fine = [why is None for why in found["failed"]]
+        rows = {
+            float(by): [v for v, ok in zip(r, fine, strict=True) if ok]
+            for by, r in found["measured"]["shifted"].items()
+        }
+        name = next(name for name, bound in BOUNDS.items() if bound == example.bound)
+        line(axes, list(rows), [np.mean(row) for row in rows.values()], label=name, number=number)
+        axes.fill_between(list(rows), *([pick(row) for row in rows.values()] for pick in (min, max)), alpha=0.12)
+        said.append(f"{np.mean(rows[0.33]):.1%} {name}")
+    axes.axvline(0.5, color="0.6", lw=1)
+    axes.set(xlabel="shift along the radius, outwards and inwards (grey: middle between the arms)", ylabel="accuracy")
+    axes.legend(fontsize=8)
+    _title(figure, "Right after a shift of 0.33", said)
     return figure
 
 

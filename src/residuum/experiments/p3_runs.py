@@ -46,6 +46,31 @@ PAPER = {
         epochs=1000,
         solver="anderson",
     ),
+    "wave": Example(
+        "wave",
+        depth=5,
+        time=5.0,
+        width=10,
+        batch=0,
+        optimiser="adam",
+        rates=(1e-3,),
+        epochs=3000,
+        solver="anderson",
+        jacobian=0.1,
+    ),
+    # Width, batch, rate and epochs are ours.
+    "arms": Example(
+        "arms",
+        theta=0.0,
+        depth=10,
+        time=10.0,
+        width=16,
+        batch=100,
+        optimiser="adam",
+        rates=(3e-3,),
+        epochs=1000,
+        solver="anderson",
+    ),
 }
 
 
@@ -60,6 +85,13 @@ NETWORKS = {
     "theta = 1": (1.0, "stable"),
 }
 COMPARED = ("plain", "1Lip", "theta = 0", "theta = 0.75")
+BOUNDS = {"plain": 0.0, "1Lip": 1.0, "2Lip": 2.0}  # of the spirals whose arms are 1 apart, by the paper's names
+LEVELS = 3  # 7, 13 and 25 blocks of the spirals
+
+
+def by_levels(example: Example) -> Example:
+    """The same, begun with few blocks that are refined."""
+    return replace(example, levels=LEVELS)
 
 
 def at(example: Example, theta: float, gradient: str = "exact") -> Example:
@@ -113,6 +145,10 @@ class Scale:
         stiff: The stiff equation.
         every: Which steps of it are trained on: every so many.
         prey: Prey and predators.
+        wave: The regression whose right-hand side is penalised.
+        wave_thetas: Those of it.
+        divergences: The weights of its penalty.
+        arms: The spirals whose arms are 1 apart; the bound is set by `bounded`.
         grids: By the example's name.
         digits: MNIST under noise; theta, spectrum and seed are set by `noisy_networks`.
         seeds: Of the networks of it that are compared.
@@ -127,10 +163,22 @@ class Scale:
     stiff: Example
     every: tuple[int, ...]
     prey: Example
+    wave: Example
+    wave_thetas: tuple[float, ...]
+    divergences: tuple[float, ...]
+    arms: Example
     grids: dict[str, Grid]
     digits: NoisyDigits
     seeds: int
     others: int
+
+    def penalised(self, theta: float, divergence: float) -> Example:
+        """The regression with a penalty on the divergence of its right-hand side."""
+        return replace(self.wave, theta=theta, divergence=divergence)
+
+    def bounded(self, name: str) -> Example:
+        """The spirals whose arms are 1 apart, with one of `BOUNDS`."""
+        return replace(self.arms, bound=BOUNDS[name])
 
     def noisy_networks(self, name: str) -> tuple[NoisyDigits, ...]:
         """One of `NETWORKS`, with each of its seeds."""
@@ -149,6 +197,7 @@ def _full(
     seeds: int,
     sine_depths: tuple[int, ...],
     spiral_depths: tuple[int, ...],
+    penalised: tuple[tuple[float, ...], tuple[float, ...]],
     digits: tuple[NoisyDigits, int, int],
 ) -> Scale:
     """The paper's settings with so many seeds."""
@@ -159,14 +208,31 @@ def _full(
         "sine": Grid(longer, sine_depths, rates["sine"], _LEVEL["sine"], _NOTHING["sine"]),
         "spirals": Grid(of["spirals"], spiral_depths, rates["spirals"], _LEVEL["spirals"], _NOTHING["spirals"]),
     }
-    stiff, prey = of["stiff"], of["lotka_volterra"]
-    return Scale(about, of["sine"], longer, 50, of["spirals"], stiff, (2, 5, 10), prey, grids, *digits)
+    thetas, divergences = penalised
+    return Scale(
+        about,
+        sine=of["sine"],
+        longer=longer,
+        deep=50,
+        spirals=of["spirals"],
+        stiff=of["stiff"],
+        every=(2, 5, 10),
+        prey=of["lotka_volterra"],
+        wave=of["wave"],
+        wave_thetas=thetas,
+        divergences=divergences,
+        arms=of["arms"],
+        grids=grids,
+        digits=digits[0],
+        seeds=digits[1],
+        others=digits[2],
+    )
 
 
 def _tiny() -> Scale:
     of = {name: replace(example, seeds=(0, 1)) for name, example in PAPER.items()}
     sine = replace(of["sine"], depth=2, epochs=2, batch=50)
-    spirals = replace(of["spirals"], depth=2, time=1.0, epochs=2, batch=200)
+    spirals = replace(of["spirals"], depth=5, time=2.5, epochs=3, batch=200)
     grids = {
         e.problem: Grid(e, (1, 2), (0.01, 0.1), _LEVEL[e.problem], _NOTHING[e.problem])
         for e in (replace(sine, time=5.0), spirals)
@@ -181,6 +247,10 @@ def _tiny() -> Scale:
         stiff=replace(of["stiff"], depth=10, time=1.0, width=3, epochs=2),
         every=(2, 5, 10),
         prey=replace(of["lotka_volterra"], depth=4, time=1.0, width=3, epochs=2),
+        wave=replace(of["wave"], depth=2, time=1.0, width=3, epochs=2),
+        wave_thetas=(0.0, 0.5, 1.0),
+        divergences=(0.0, 1.0),
+        arms=replace(of["arms"], depth=2, time=2.0, width=3, epochs=1, batch=400),
         grids=grids,
         digits=NoisyDigits(data="digits", images=100, epochs=1, draws=1),
         seeds=2,
@@ -196,6 +266,7 @@ SCALES = {
         5,
         (3, 5, 10, 20),
         (5, 10, 25),
+        ((0.0, 0.5, 1.0), (0.0, 0.5, 1.0)),
         (NoisyDigits(epochs=100), 3, 1),
     ),
     "paper": _full(
@@ -204,12 +275,15 @@ SCALES = {
         20,
         (3, 5, 10, 20, 50, 100),
         (5, 10, 25, 50),
+        ((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)),
         (NoisyDigits(), 5, 5),
     ),
 }
 
-_COUNTS = {"sine": 100, "spirals": 513, "stiff": 5, "lotka_volterra": 7}  # training examples
-_MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5}  # a block in a training step of `_TOGETHER` members
+# Training examples.
+_COUNTS = {"sine": 100, "spirals": 513, "stiff": 5, "lotka_volterra": 7, "wave": 20, "arms": 800}
+# A block in a training step of `_TOGETHER` members.
+_MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5, "wave": 13.0, "wave explicit": 2.0, "arms": 1.5}
 _NOISY = {"free": 28, "unit": 33, "stable": 55, "implicit": 150}  # a step of all blocks, in milliseconds
 _DAMPED = 6  # times as long with the largest rates of the spirals' grid, whose equations need damped steps
 _TOGETHER = 25  # members that cost about as much as one
@@ -227,9 +301,13 @@ def minutes(job: Job) -> float | None:
     if not isinstance(job, Example):
         return None
     steps = job.epochs * (math.ceil(_COUNTS[job.problem] / job.batch) if job.batch else 1)
-    kind = "explicit" if job.theta == 0 else "direct" if job.solver == "direct" else "other"
+    if job.problem in ("wave", "arms"):
+        kind = "wave explicit" if job.problem == "wave" and job.theta == 0 else job.problem
+    else:
+        kind = "explicit" if job.theta == 0 else "direct" if job.solver == "direct" else "other"
     damped = _DAMPED if kind == "direct" and job.problem == "spirals" and len(job.rates) > 1 else 1
-    return steps * job.depth * _MILLISECONDS[kind] / 60_000 * damped * max(1.0, len(job.members) / _TOGETHER)
+    depth = sum(stage.depth for stage in job.stages) / job.levels
+    return steps * depth * _MILLISECONDS[kind] / 60_000 * damped * max(1.0, len(job.members) / _TOGETHER)
 
 
 BySeed = dict[int, float | int]
@@ -265,6 +343,12 @@ def noisy(results: Results, example: Example, sd: float) -> BySeed:
     """Accuracy of the spirals under noise of a standard deviation, by seed."""
     final(results, example, "validation_loss")
     return dict(zip(example.seeds, results[example.key].values["measured"]["noise"][str(sd)], strict=True))
+
+
+def moved(results: Results, example: Example, by: float) -> BySeed:
+    """Accuracy of the spirals whose points were moved so far, by seed."""
+    final(results, example, "validation_loss")
+    return dict(zip(example.seeds, results[example.key].values["measured"]["shifted"][str(by)], strict=True))
 
 
 def losses(results: Results, example: Example, name: str) -> dict[int, list[float]]:

@@ -15,6 +15,7 @@ from residuum.experiments.p3_runs import (
     depth_needed,
     final,
     logs,
+    moved,
     noisy,
     parameters,
     quantile,
@@ -30,6 +31,7 @@ LIKE = math.log10(3)  # three seeds of the independent implementation differ by 
 NEAR_THETA = 0.2  # the error of the truncated gradient was 0.21, 0.45, 0.73 at theta 0.25, 0.5, 0.75 in the example
 CHANCE = 0.75  # half way from chance to all right; untrained blocks gave 0.56 to 0.66
 WELL = 0.99
+LEARNED, LOST = 0.9, 0.65  # right of spirals as they are, and moved half way to each other: 0.56 to 0.58 in the paper
 NEARLY = 0.999  # one image of the thousand
 TENFOLD = 1.0  # a decimal logarithm
 
@@ -191,6 +193,36 @@ def fewer(results: Results, *, grid: Grid, of: str) -> Obtained:
         half, none = ({s: parameters(grid.example, d) for s, d in row.items()} for row in (half, none))
     words = f"{of} {sorted(half.values())} against {sorted(none.values())}, log10 of the ratio"
     return _worded(words, below(paired(logs(half), logs(none)), 0.0))
+
+
+def no_worse(results: Results, *, of: Example, than: Example) -> Obtained:
+    """The validation loss is at most three times as high."""
+    effect = paired(logs(final(results, of, "validation_loss")), logs(final(results, than, "validation_loss")))
+    return _worded("log10 of the ratio", at_most(effect, LIKE))
+
+
+def more_steps(results: Results, *, of: Example, than: Example) -> Obtained:
+    """The solver takes more steps per block at the end of training."""
+    one, other = (final(results, example, "steps") for example in (of, than))
+    means = " against ".join(f"{np.mean(list(values.values())):.1f}" for values in (one, other))
+    return _worded(f"{means}, log10 of the ratio", above(paired(logs(one), logs(other)), 0.0))
+
+
+def more_right_moved(results: Results, *, of: Example, than: Example, by: float) -> Obtained:
+    """More spiral points are right after they have been moved."""
+    one, other = (moved(results, example, by) for example in (of, than))
+    means = " against ".join(f"{np.mean(list(values.values())):.1%}" for values in (one, other))
+    return _worded(f"{means}, difference", above(paired(one, other), 0.0))
+
+
+def lost(results: Results, *, of: Sequence[Example], by: float) -> Obtained:
+    """Of no network are many points right after they have been moved so far; all have learned the spirals."""
+    for example in of:
+        if (right := mean_over(list(moved(results, example, 0.0).values())).value) < LEARNED:
+            raise ValueError(f"a bound of {example.bound:g} has only {right:.1%} right where nothing is moved")
+    return every(
+        _worded("accuracy", at_most(mean_over(list(moved(results, example, by).values())), LOST)) for example in of
+    )
 
 
 def _worded(words: str, found: Obtained) -> Obtained:

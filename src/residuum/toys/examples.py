@@ -11,25 +11,41 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from residuum.checkpoints import Progress, here, resume_, save
+from residuum.checkpoints import Progress, here, progress_of, resume_, save
 from residuum.descriptions import described, key_of
 from residuum.files import read_tensors, restore_, stored, write_json, write_tensors
 from residuum.jobs import Settings, from_checkpoint, job_from, threads_of_torch
 from residuum.layers.steps import Theta
 from residuum.names import unknown
+from residuum.penalties import hutchinson, right_hand_side, trapezoidal
 from residuum.progress import Bar, Show, quiet
 from residuum.runfolders import CHECKPOINT, FORMAT
 from residuum.solve import Anderson, Dense, GradientDescent, NewtonKrylov, Picard, Solver
-from residuum.toys import problems
-from residuum.toys.networks import Chain, Flow, Loss, Run, Stiff, crossed, perceptron, squared
+from residuum.toys import networks, problems
+from residuum.toys.networks import (
+    Bounded,
+    Chain,
+    Flow,
+    Last,
+    Loss,
+    Run,
+    Stiff,
+    crossed,
+    perceptron,
+    refine_,
+    squared,
+    turning,
+)
 from residuum.toys.problems import Pairs, Problem
 
 _WEIGHTS = "residuum example 1"
 _ROWS = 50  # of a history
 _SECONDS = 60.0  # between two checkpoints
 NOISE = (0.0, 0.02, 0.04, 0.06, 0.08)
+SHIFTS = (0.0, 0.1, 0.2, 0.33, 0.4, 0.5)  # of "arms", which are 1 apart
 _DRAWS = 20
 
 
@@ -61,11 +77,11 @@ class Example:
     `jobs.Job` has it.
 
     Attributes:
-        problem: "sine", "spirals", "stiff" or "lotka_volterra".
+        problem: "sine", "spirals", "wave", "arms", "stiff" or "lotka_volterra".
         theta: Of the `Theta` step. 0: an ordinary residual network.
         depth: Blocks, or steps.
         time: T; dt = T / depth.
-        width: Of the state; for "stiff" and "lotka_volterra" of the layers of the right-hand side.
+        width: Of the state of "sine" and "spirals"; else of the layers of the right-hand side.
         activation: Of the branches of "sine" and "spirals".
         epochs: Passes over the training examples.
         batch: Examples in a step; 0: all.
@@ -80,6 +96,12 @@ class Example:
         tol: Of solver and adjoint.
         every: Of the orbits of "stiff" and "lotka_volterra", the state after every so many steps is trained on.
         limits: Of "stiff", the interval of dy'/dy.
+        bound: Of "arms", the Lipschitz constant of each branch; 0: none.
+        divergence: Of "wave", weight of the mean of tr J / d along the path of states, J = df/dh of d x d entries.
+        jacobian: Of "wave", weight of the mean of |J|_F^2 / d^2.
+        levels: Of "sine" and "spirals", how often training starts again, each time with an equal share of the epochs
+            and a fresh optimiser: from few blocks, L of which become 2 L - 1 with half the dt (`networks.refine_`), to
+            `depth` blocks at the last.
     """
 
     problem: str
@@ -100,6 +122,10 @@ class Example:
     tol: float = 1e-6
     every: int = 1
     limits: tuple[float, float] = (-25.0, -15.0)
+    bound: float = 0.0
+    divergence: float = 0.0
+    jacobian: float = 0.0
+    levels: int = 1
 
     kind: ClassVar[str] = "example"
 
@@ -115,16 +141,43 @@ class Example:
             )
         if not (self.rates and self.seeds and min(self.rates) > 0 and math.isfinite(self.time) and self.time > 0):
             raise ValueError(f"time {self.time}, rates {self.rates} and seeds {self.seeds} must be above 0, not empty")
-        if self.variation < 0 or (self.variation and not self.chained):
-            raise ValueError(f"variation is {self.variation}; it is 0 or more, and for sine and spirals only")
-        if self.solver == "direct" and not (self.chained and self.form == "two_point"):
+        for name, value, kinds in (
+            ("variation", self.variation, ("sine", "spirals")),
+            ("bound", self.bound, ("arms",)),
+            ("divergence", self.divergence, ("wave",)),
+            ("jacobian", self.jacobian, ("wave",)),
+            ("levels", self.levels - 1, ("sine", "spirals")),
+        ):
+            if value and (not 0 <= value < math.inf or self.problem not in kinds):
+                least = "1 or more" if name == "levels" else "0 or more"
+                raise ValueError(f"{name} is {getattr(self, name)}; it is {least}, and for {' and '.join(kinds)} only")
+        if self.levels > self.epochs or (self.depth - 1) % 2 ** (self.levels - 1):
+            raise ValueError(
+                f"levels is {self.levels}: {self.epochs} epochs must be as many at least, and depth {self.depth} must "
+                f"be 1 more than a multiple of {2 ** (self.levels - 1)}"
+            )
+        if self.solver == "direct" and not (self.turning and self.form == "two_point"):
             raise ValueError("solver 'direct' is for sine and spirals in the two-point form; take 'anderson'")
         _ = self.step
 
     @property
-    def chained(self) -> bool:
-        """Whether blocks have weights of their own."""
+    def turning(self) -> bool:
+        """Whether it is one of the paper's two examples, with antisymmetric weights of each block's own."""
         return self.problem in ("sine", "spirals")
+
+    @property
+    def orbits(self) -> bool:
+        """Whether the output is the state after every step."""
+        return self.problem in ("stiff", "lotka_volterra")
+
+    @property
+    def stages(self) -> "tuple[Example, ...]":
+        """The networks of the levels, from the fewest blocks; the last is this example's."""
+        found = []
+        for doubled in (2**k for k in reversed(range(self.levels))):
+            depth = (self.depth - 1) // doubled + 1
+            found.append(replace(self, depth=depth, time=depth * doubled * self.step.dt, levels=1))
+        return tuple(found)
 
     @property
     def step(self) -> Theta:
@@ -147,18 +200,24 @@ class Example:
         """The data of all members."""
         seeds = [member.seed for member in self.members]
         make = getattr(problems, self.problem)
-        return make(seeds) if self.chained else make(seeds, steps=self.depth, time=self.time)
+        return make(seeds, steps=self.depth, time=self.time) if self.orbits else make(seeds)
 
     def network(self) -> nn.Module:
         """All members with fresh weights."""
         draws = [np.random.default_rng((member.seed, 1)) for member in self.members]
-        if self.chained:
+        if self.turning:
             inputs = 1 if self.problem == "sine" else 2
             sizes = {"inputs": inputs, "width": self.width, "depth": self.depth, "activation": self.activation}
-            return Chain(self.step, draws, **sizes, direct=self.solver == "direct")
-        if self.problem == "stiff":
-            return Flow(self.step, Stiff(draws, self.width, self.limits), times=self.depth, shown=1)
-        return Flow(self.step, perceptron(draws, self.width), times=self.depth, shown=2)
+            return turning(self.step, draws, **sizes, direct=self.solver == "direct")
+        if self.problem == "wave":
+            block = self.step(perceptron(draws, 2, self.width, activation="gelu"))
+            return Chain(nn.ZeroPad1d((0, 1)), [block], Last(), times=self.depth)
+        if self.problem == "arms":
+            branches = [perceptron(draws, 3, self.width, hidden=2) for _ in range(self.depth)]
+            blocks = [self.step(Bounded(f, self.bound) if self.bound else f) for f in branches]
+            return Chain(nn.ZeroPad1d((0, 1)), blocks, networks.Dense(draws, 3, 1))
+        branch = Stiff(draws, self.width, self.limits) if self.problem == "stiff" else perceptron(draws, 2, self.width)
+        return Flow(self.step, branch, times=self.depth, shown=1 if self.problem == "stiff" else 2)
 
     def trained(self, folder: Path) -> nn.Module:
         """All members with the weights that `execute` left in a folder."""
@@ -203,9 +262,8 @@ class Example:
             problem = self.data()
 
             def attempt() -> tuple[nn.Module, list[dict]]:
-                network = self.network()
                 with progress(f"{self.problem}, theta {self.theta:g}", self.epochs) as show:
-                    return network, _train(self, network, problem, folder / CHECKPOINT, show)
+                    return _train(self, problem, folder / CHECKPOINT, show)
 
             network, history = from_checkpoint(folder, attempt)
             values = {
@@ -220,18 +278,40 @@ class Example:
         write_json(folder / "values.json", values)
 
 
-LOSSES: dict[str, Loss] = {"sine": squared, "spirals": crossed, "stiff": squared, "lotka_volterra": squared}
+LOSSES: dict[str, Loss] = {
+    "sine": squared,
+    "spirals": crossed,
+    "wave": squared,
+    "arms": crossed,
+    "stiff": squared,
+    "lotka_volterra": squared,
+}
 
 
-def _train(example: Example, network: nn.Module, problem: Problem, checkpoint: Path, show: Show) -> list[dict]:
-    """Train all members; a row of the history now and then."""
-    kind = torch.optim.SGD if example.optimiser == "sgd" else torch.optim.Adam
-    optimiser = kind(network.parameters(), lr=1.0)  # moves are scaled to each member's rate
-    about = example.describe() | here(1, "cpu")
-    at = resume_(checkpoint, network, optimiser, about) if checkpoint.exists() else Progress()
+def _train(example: Example, problem: Problem, checkpoint: Path, show: Show) -> tuple[nn.Module, list[dict]]:
+    """Train all members, level by level; the network, and a row of the history now and then."""
+    about, stages = example.describe() | here(1, "cpu"), example.stages
+    at = progress_of(checkpoint) if checkpoint.exists() else Progress()
+
+    def level_of(epoch: int) -> int:
+        return epoch * example.levels // example.epochs
+
+    def begun(level: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        network = stages[level].network()
+        kind = torch.optim.SGD if example.optimiser == "sgd" else torch.optim.Adam
+        return network, kind(network.parameters(), lr=1.0)  # moves are scaled to each member's rate
+
+    level = level_of(max(at.epoch - 1, 0))
+    network, optimiser = begun(level)
+    if checkpoint.exists():
+        at = resume_(checkpoint, network, optimiser, about)
     failed: list[str | None] = list(at.history[-1]["failed"]) if at.history else [None] * len(example.members)
     written, apart = perf_counter(), max(1, example.epochs // _ROWS)
     for epoch in range(at.epoch, example.epochs):
+        if level_of(epoch) > level:
+            coarse, level = network, level + 1
+            network, optimiser = begun(level)
+            refine_(network, coarse)
         for number, (x, y) in enumerate(_batches(example, problem.train, epoch)):
             found = _train_step(example, network, optimiser, x, y, [why is None for why in failed])
             where = f"in epoch {epoch + 1}, step {number + 1}"
@@ -243,7 +323,7 @@ def _train(example: Example, network: nn.Module, problem: Problem, checkpoint: P
                 save(checkpoint, network, optimiser, at, about)
                 written = perf_counter()
         show(epoch + 1, "")
-    return list(at.history)
+    return network, list(at.history)
 
 
 def _batches(example: Example, pairs: Pairs, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -259,7 +339,7 @@ def _batches(example: Example, pairs: Pairs, epoch: int) -> Iterable[tuple[Tenso
 def _losses(example: Example, run: Run, y: Tensor) -> Tensor:
     """Of each example; of orbits at the steps that are trained on."""
     steps = slice(example.every - 1, None, example.every)
-    output, y = (run.output, y) if example.chained else (run.output[:, steps], y[:, steps])
+    output, y = (run.output[:, steps], y[:, steps]) if example.orbits else (run.output, y)
     return LOSSES[example.problem](output, y)
 
 
@@ -273,6 +353,8 @@ def _train_step(
     losses = _losses(example, run, y).view(count, -1).mean(1)
     if example.variation:
         losses = losses + example.variation * network.variation()
+    if example.divergence or example.jacobian:
+        losses = losses + _along_the_path(example, network, run)
     losses[torch.tensor(alive)].sum().backward()
     finite, solved = losses.detach().isfinite(), run.solved(count)
     fine = finite & solved & torch.tensor(alive)
@@ -287,6 +369,18 @@ def _train_step(
     return [None if s and f else "not solved" if f else "not finite" for f, s in reasons]
 
 
+def _along_the_path(example: Example, network: Chain, run: Run) -> Float[Tensor, " member"]:
+    """The penalties of "wave" on its one right-hand side, of each member: `penalties.Penalty`, without the sigmoid."""
+    f, dt = right_hand_side(network.blocks[0])
+    h = torch.stack(run.states, 1)
+    rows, points, d = h.shape
+    unit = math.sqrt(d) * torch.eye(d, dtype=h.dtype)  # of these as probes both estimates are exact
+    _, trace, square = hutchinson(f, h.flatten(0, 1), unit[:, None].expand(d, rows * points, d))
+    shares = torch.tensor(trapezoidal([dt] * (points - 1)), dtype=h.dtype)
+    paths = example.divergence * trace / d + example.jacobian * square / d**2
+    return (paths.view(-1, points) @ shares).view(len(example.members), -1).mean(1)
+
+
 @torch.no_grad()
 def _row(example: Example, network: nn.Module, problem: Problem, failed: Sequence[str | None]) -> dict[str, list]:
     """Losses on all examples of both splits, accuracy of spirals, the solver's steps; None for members that failed."""
@@ -296,7 +390,7 @@ def _row(example: Example, network: nn.Module, problem: Problem, failed: Sequenc
         run = network(pairs.x.flatten(0, 1))
         losses = _losses(example, run, y) if name == "train" else LOSSES[example.problem](run.output, y)
         found[f"{name}_loss"] = losses.view(len(failed), -1).mean(1)
-        if example.problem == "spirals":
+        if LOSSES[example.problem] is crossed:
             found[f"{name}_accuracy"] = ((run.output > 0) == (y > 0.5)).view(len(failed), -1).double().mean(1)
         found["solved"], found["steps"] = run.solved(len(failed)), run.steps(len(failed))
     lists = {name: value.tolist() for name, value in found.items()}
@@ -312,10 +406,15 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
         points (5 %, 50 %, 95 %) of the largest singular value of the Jacobian from the input to the last state, of the
         largest of that from the first state to the last, and of its smallest; for "spirals" also "noise": by standard
         deviation, the accuracy on validation points with Gaussian noise, mean over 20 draws, the same for all members.
+        For "arms", per member: "shifted", by length, the accuracy on validation points that are moved so far outwards
+        and so far inwards, mean of both.
 
-    Source: P3 (Reshniak & Webster), the claim of robustness; how it is measured is ours.
+    Source: P3 (Reshniak & Webster), the claim of robustness, how it is measured is ours; the shifts are those of its
+    extended version.
     """
-    if not example.chained:
+    if example.problem == "arms":
+        return {"shifted": {str(by): _shifted_accuracy(network, problem.validation, by) for by in SHIFTS}}
+    if not example.turning:
         return {}
     pairs, count = problem.validation, len(example.members)
     whole, inner = jacobians(network, pairs.x.flatten(0, 1))
@@ -349,6 +448,15 @@ def _noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float) -> list[float]:
     return torch.stack(right).mean(0).tolist()
 
 
+@torch.no_grad()
+def _shifted_accuracy(network: nn.Module, pairs: Pairs, by: float) -> list[float]:
+    outwards, right = pairs.x / pairs.x.norm(dim=-1, keepdim=True), []
+    for shift in (by, -by):
+        output = network((pairs.x + shift * outwards).flatten(0, 1)).output.view(pairs.y.shape)
+        right.append(((output > 0) == (pairs.y > 0.5)).double().mean((1, 2)))
+    return torch.stack(right).mean(0).tolist()
+
+
 def truncation(example: Example, network: nn.Module | None = None) -> dict[str, list[float]]:
     """How far the truncated gradient of the blocks' weights is from the exact one, on all training examples.
 
@@ -364,7 +472,7 @@ def truncation(example: Example, network: nn.Module | None = None) -> dict[str, 
 
     Source: P3 (Reshniak & Webster): what its code computes, where the text has the exact gradient.
     """
-    if not example.chained:
+    if not example.turning:
         raise ValueError(f"truncation is for 'sine' and 'spirals', not for {example.problem!r}")
     weights, found = (network or example.network()).state_dict(), []
     for param_grad in ("exact", "truncated"):

@@ -5,6 +5,7 @@ Nothing is shared by the members but the evaluations, which cost a few small ten
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,14 +54,14 @@ class Dense(nn.Module):
         draws: Random generators of the members.
         inputs: Entries of x.
         outputs: Entries of the result.
-        activation: tanh, relu or identity.
+        activation: tanh, relu, gelu or identity.
     """
 
     def __init__(self, draws: Draws, inputs: int, outputs: int, activation: str = "identity") -> None:
         super().__init__()
         self.weight = _glorot(draws, inputs, outputs)
         self.bias = nn.Parameter(torch.zeros(len(draws), 1, outputs, dtype=torch.float64))
-        self.act = activation_of(activation).value
+        self.act = torch.nn.functional.gelu if activation == "gelu" else activation_of(activation).value
 
     def forward(self, h: Float[Tensor, "row inputs"]) -> Float[Tensor, "row outputs"]:
         """The result for all members."""
@@ -205,7 +206,36 @@ def _times(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Chain(nn.Module):
-    """A linear map to the state, blocks with weights of their own, a linear map to one output.
+    """A map to the state, blocks one after another, a map to one output.
+
+    Args:
+        lift: Of the input.
+        blocks: The blocks.
+        readout: Of the last state.
+        times: How often the row of blocks runs.
+
+    Source: P3 (Reshniak & Webster), the networks of its examples.
+    """
+
+    def __init__(self, lift: nn.Module, blocks: Iterable[nn.Module], readout: nn.Module, *, times: int = 1) -> None:
+        super().__init__()
+        self.lift, self.blocks, self.readout = lift, nn.ModuleList(blocks), readout
+        self.times = times
+
+    def forward(self, x: Float[Tensor, "row entry"]) -> Run:
+        """Run all members."""
+        with parametrize.cached():
+            states, solutions = _walk(self.lift(x), list(self.blocks) * self.times)
+        return Run(self.readout(states[-1]), states, solutions)
+
+    def variation(self) -> Float[Tensor, " member"]:
+        """`1/L sum_t |K_t - K_(t-1)|^2`, the variation of the weights along depth, of each member."""
+        weights = torch.stack([block.branch.weight for block in self.blocks])
+        return weights.diff(dim=0).square().sum((0, 2, 3)) / len(self.blocks)
+
+
+def turning(step: Theta, draws: Draws, *, inputs: int, width: int, depth: int, activation: str, direct: bool) -> Chain:
+    """A linear map to the state, blocks with antisymmetric weights of their own, a linear map to one output.
 
     Args:
         step: The step that makes blocks of branches.
@@ -218,25 +248,43 @@ class Chain(nn.Module):
 
     Source: P3 (Reshniak & Webster), the network of examples 1 and 2.
     """
+    lift = Dense(draws, inputs, width)
+    branches = [Turning(draws, width, activation) for _ in range(depth)]
+    blocks = [DirectTheta(step, f) if direct and step.theta else step(f) for f in branches]
+    return Chain(lift, blocks, Dense(draws, width, 1))
 
-    def __init__(
-        self, step: Theta, draws: Draws, *, inputs: int, width: int, depth: int, activation: str, direct: bool
-    ) -> None:
-        super().__init__()
-        self.lift = Dense(draws, inputs, width)
-        branches = [Turning(draws, width, activation) for _ in range(depth)]
-        self.blocks = nn.ModuleList(DirectTheta(step, f) if direct and step.theta else step(f) for f in branches)
-        self.readout = Dense(draws, width, 1)
 
-    def forward(self, x: Float[Tensor, "row entry"]) -> Run:
-        """Run all members."""
-        states, solutions = _walk(self.lift(x), self.blocks)
-        return Run(self.readout(states[-1]), states, solutions)
+@torch.no_grad()
+def refine_(fine: Chain, coarse: Chain) -> None:
+    """Give a network of 2 L - 1 blocks the weights of one with L: blocks 0, 2, .. theirs, those between the means.
 
-    def variation(self) -> Float[Tensor, " member"]:
-        """`1/L sum_t |K_t - K_(t-1)|^2`, the variation of the weights along depth, of each member."""
-        weights = torch.stack([block.branch.weight for block in self.blocks])
-        return weights.diff(dim=0).square().sum((0, 2, 3)) / len(self.blocks)
+    Args:
+        fine: Its weights are replaced.
+        coarse: The other.
+
+    Raises:
+        ValueError: If the numbers of blocks do not fit.
+
+    Source: P3 (Reshniak & Webster), training by levels in its code of September 2019.
+    """
+    if len(fine.blocks) != 2 * len(coarse.blocks) - 1:
+        raise ValueError(
+            f"refine: {len(coarse.blocks)} blocks become {2 * len(coarse.blocks) - 1}, not {len(fine.blocks)}"
+        )
+    for part in ("lift", "readout"):
+        getattr(fine, part).load_state_dict(getattr(coarse, part).state_dict())
+    for number, block in enumerate(fine.blocks):
+        before, after = (coarse.blocks[n].parameters() for n in (number // 2, (number + 1) // 2))
+        for p, a, b in zip(block.parameters(), before, after, strict=True):
+            p.copy_((a + b) / 2)
+
+
+class Last(nn.Module):
+    """The last entry of the state."""
+
+    def forward(self, h: Float[Tensor, "row width"]) -> Float[Tensor, "row 1"]:
+        """The entry."""
+        return h[:, -1:]
 
 
 class Flow(nn.Module):
@@ -268,13 +316,42 @@ def _walk(h: Tensor, blocks: Iterable[nn.Module]) -> tuple[list[Tensor], list[So
     return states, solutions
 
 
-def perceptron(draws: Draws, width: int) -> nn.Module:
-    """The right-hand side for prey and predators: tanh layers 2 -> width -> width -> width, and a linear one back to 2.
+def perceptron(draws: Draws, state: int, width: int, *, hidden: int = 3, activation: str = "tanh") -> nn.Sequential:
+    """A right-hand side: `hidden` layers of so many entries, state -> width -> .. -> width, and a linear one back.
+
+    Args:
+        draws: Random generators of the members.
+        state: Entries of the state.
+        width: Of the layers.
+        hidden: How many.
+        activation: As of `Dense`.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    tanh = (Dense(draws, inputs, width, "tanh") for inputs in (2, width, width))
-    return nn.Sequential(*tanh, Dense(draws, width, 2))
+    sizes = [state, *[width] * hidden]
+    layers = (Dense(draws, *pair, activation) for pair in pairwise(sizes))
+    return nn.Sequential(*layers, Dense(draws, width, state))
+
+
+class Bounded(nn.Module):
+    """`c g(h)` with Lip(g) <= 1: a perceptron with tanh, each of whose matrices is divided by its norm.
+
+    Args:
+        branch: The perceptron, changed in place.
+        bound: c.
+
+    Source: P3 (Reshniak & Webster), extended version: "1Lip" and "2Lip" of its spirals.
+    """
+
+    def __init__(self, branch: nn.Sequential, bound: float) -> None:
+        super().__init__()
+        self.branch, self.bound = branch, bound
+        for layer in branch:
+            parametrize.register_parametrization(layer, "weight", _Unit())
+
+    def forward(self, h: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+        """The slope at a state."""
+        return self.bound * self.branch(h)
 
 
 class Stiff(nn.Module):

@@ -57,6 +57,26 @@ def spirals(seeds: Sequence[int]) -> Problem:
     return Problem(*(_for_all(seeds, x[rows], y[rows]) for rows in (slice(1, None, 2), slice(0, None, 2))))
 
 
+def wave(seeds: Sequence[int]) -> Problem:
+    """`sin x` on [-5, 5]: 20 equispaced points to train, 40 to validate.
+
+    Source: P3 (Reshniak & Webster), extended version.
+    """
+    return Problem(*(_for_all(seeds, x, np.sin(x)) for x in (np.linspace(-5, 5, count)[:, None] for count in (20, 40))))
+
+
+def arms(seeds: Sequence[int]) -> Problem:
+    """Two spirals of three turns whose arms are 1 apart, of radius 6.5 to 0.5: 400 points of each class per split.
+
+    Source: P3 (Reshniak & Webster), extended version; that points to validate lie between those to train is ours.
+    """
+    s = np.linspace(0, 96, 800)
+    turn = np.stack([np.sin(s * np.pi / 16), np.cos(s * np.pi / 16)], 1)
+    one = 6.5 * (1 - s / 104)[:, None] * turn
+    x, y = np.concatenate([one, -one]), np.repeat([0.0, 1.0], 800)[:, None]
+    return Problem(*(_for_all(seeds, x[rows], y[rows]) for rows in (slice(0, None, 2), slice(1, None, 2))))
+
+
 def stiff(seeds: Sequence[int], *, steps: int, time: float) -> Problem:
     """`y' = -20 (y - cos t)` from y(0) = -2, -1.5, .., 2, of which every second to train; the state is (y, t).
 
