@@ -173,11 +173,11 @@ class Example:
     @property
     def stages(self) -> "tuple[Example, ...]":
         """The networks of the levels, from the fewest blocks; the last is this example's."""
-        found = []
-        for doubled in (2**k for k in reversed(range(self.levels))):
+        coarse = []
+        for doubled in (2**k for k in range(self.levels - 1, 0, -1)):
             depth = (self.depth - 1) // doubled + 1
-            found.append(replace(self, depth=depth, time=depth * doubled * self.step.dt, levels=1))
-        return tuple(found)
+            coarse.append(replace(self, depth=depth, time=depth * doubled * self.step.dt, levels=1))
+        return (*coarse, replace(self, levels=1))
 
     @property
     def step(self) -> Theta:
