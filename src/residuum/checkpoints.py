@@ -97,14 +97,7 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
     Raises:
         CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
     """
-    tensors, content = _read(path)
-    theirs = content["about"]
-    different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
-    if different:
-        raise CheckpointError(
-            f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
-            "use the same settings, or delete it to start anew"
-        )
+    tensors, progress = _read(path, about)
     try:
         restore_(model, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     except RuntimeError as error:
@@ -121,25 +114,32 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             kept = torch.empty_like(like).copy_(value) if value.shape == like.shape and value.ndim else value
             state.setdefault(int(index), {})[name] = kept
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return _progress(content)
+    return progress
 
 
-def progress_of(path: Path) -> Progress:
-    """How far the training of a checkpoint was, whatever training it is.
+def progress_of(path: Path, about: dict[str, Any]) -> Progress:
+    """How far the training of a checkpoint was.
+
+    Args:
+        path: The file.
+        about: Settings, data and machine of this run.
 
     Raises:
-        CheckpointError: If the file is no checkpoint, or is incomplete.
+        CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run.
     """
-    return _progress(_read(path)[1])
+    return _read(path, about)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
     try:
-        return read_tensors(path, format=_FORMAT)
+        tensors, content = read_tensors(path, format=_FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
-
-
-def _progress(content: dict[str, Any]) -> Progress:
-    progress = content["progress"]
-    return Progress(**progress | {"history": tuple(progress["history"])})
+    theirs, progress = content["about"], content["progress"]
+    different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
+    if different:
+        raise CheckpointError(
+            f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
+            "use the same settings, or delete it to start anew"
+        )
+    return tensors, Progress(**progress | {"history": tuple(progress["history"])})

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Drawn = "matplotlib.figure.Figure"
 Folders = Mapping[Example, Path]
-_COLOURS = {0.0: "C3", 0.5: "C0", 1.0: "C2"}
+_COLOURS = {0.0: "C3", 0.25: "C1", 0.5: "C0", 0.75: "C5", 1.0: "C2"}
 _FALLBACK = "C4"
 
 

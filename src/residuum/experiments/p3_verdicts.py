@@ -12,11 +12,10 @@ from residuum.claims import Obtained, Results, above, at_least, at_most, below, 
 from residuum.effects import mean_over, paired
 from residuum.experiments.p3_runs import (
     Grid,
+    accuracy_under,
     depth_needed,
     final,
     logs,
-    moved,
-    noisy,
     parameters,
     quantile,
     stable_rate,
@@ -143,7 +142,8 @@ def frozen(results: Results, *, of: Example) -> Obtained:
 
 def under_noise(results: Results, *, of: Example, than: Example, sd: float) -> Obtained:
     """The accuracy under noise is not lower: one-sided, 95 %."""
-    return _worded("difference", at_least(paired(noisy(results, of, sd), noisy(results, than, sd), level=0.90), 0.0))
+    one, other = (accuracy_under(results, example, "noise", sd) for example in (of, than))
+    return _worded("difference", at_least(paired(one, other, level=0.90), 0.0))
 
 
 def more_right(
@@ -210,19 +210,22 @@ def more_steps(results: Results, *, of: Example, than: Example) -> Obtained:
 
 def more_right_moved(results: Results, *, of: Example, than: Example, by: float) -> Obtained:
     """More spiral points are right after they have been moved."""
-    one, other = (moved(results, example, by) for example in (of, than))
+    one, other = (accuracy_under(results, example, "shifted", by) for example in (of, than))
     means = " against ".join(f"{np.mean(list(values.values())):.1%}" for values in (one, other))
     return _worded(f"{means}, difference", above(paired(one, other), 0.0))
 
 
 def lost(results: Results, *, of: Sequence[Example], by: float) -> Obtained:
     """Of no network are many points right after they have been moved so far; all have learned the spirals."""
+    found = []
     for example in of:
-        if (right := mean_over(list(moved(results, example, 0.0).values())).value) < LEARNED:
-            raise ValueError(f"a bound of {example.bound:g} has only {right:.1%} right where nothing is moved")
-    return every(
-        _worded("accuracy", at_most(mean_over(list(moved(results, example, by).values())), LOST)) for example in of
-    )
+        here, there = (list(accuracy_under(results, example, "shifted", size).values()) for size in (0.0, by))
+        if np.mean(here) < LEARNED:
+            raise ValueError(
+                f"only {np.mean(here):.1%} are right where nothing is moved, with a bound of {example.bound:g}"
+            )
+        found.append(_worded("accuracy", at_most(mean_over(there), LOST)))
+    return every(found)
 
 
 def _worded(words: str, found: Obtained) -> Obtained:

@@ -26,18 +26,20 @@ from residuum.runfolders import CHECKPOINT, FORMAT
 from residuum.solve import Anderson, Dense, GradientDescent, NewtonKrylov, Picard, Solver
 from residuum.toys import networks, problems
 from residuum.toys.networks import (
-    Bounded,
     Chain,
     Flow,
     Last,
     Loss,
     Run,
+    Scaled,
     Stiff,
     crossed,
     perceptron,
     refine_,
+    small_perceptron,
     squared,
     turning,
+    unit_,
 )
 from residuum.toys.problems import Pairs, Problem
 
@@ -46,6 +48,8 @@ _ROWS = 50  # of a history
 _SECONDS = 60.0  # between two checkpoints
 NOISE = (0.0, 0.02, 0.04, 0.06, 0.08)
 SHIFTS = (0.0, 0.1, 0.2, 0.33, 0.4, 0.5)  # of "arms", which are 1 apart
+_FREE = 15.0  # factor on their branches without a bound
+_POWER = 2  # of time in the penalty on the divergence
 _DRAWS = 20
 
 
@@ -96,11 +100,12 @@ class Example:
         tol: Of solver and adjoint.
         every: Of the orbits of "stiff" and "lotka_volterra", the state after every so many steps is trained on.
         limits: Of "stiff", the interval of dy'/dy.
-        bound: Of "arms", the Lipschitz constant of each branch; 0: none.
-        divergence: Of "wave", weight of the mean of tr J / d along the path of states, J = df/dh of d x d entries.
-        jacobian: Of "wave", weight of the mean of |J|_F^2 / d^2.
-        levels: Of "sine" and "spirals", how often training starts again, each time with an equal share of the epochs
-            and a fresh optimiser: from few blocks, L of which become 2 L - 1 with half the dt (`networks.refine_`), to
+        decay: What the rates have come down to at the end, evenly in their logarithm.
+        bound: Of "arms", the bound on the Lipschitz constant of each branch; 0: none, and 15 times the branch.
+        divergence: Of "wave", weight of the mean of tr J / d along the path of states, late ones above all.
+        jacobian: Of "wave", weight of the mean of |J|_F^2 / d^2 along that path.
+        levels: Of "sine" and "spirals", in how many levels they are trained, each with an equal share of the epochs and
+            a fresh optimiser: from few blocks, L of which become 2 L - 1 with half the dt (`networks.refine_`), to
             `depth` blocks at the last.
     """
 
@@ -122,6 +127,7 @@ class Example:
     tol: float = 1e-6
     every: int = 1
     limits: tuple[float, float] = (-25.0, -15.0)
+    decay: float = 1.0
     bound: float = 0.0
     divergence: float = 0.0
     jacobian: float = 0.0
@@ -156,9 +162,11 @@ class Example:
                 f"levels is {self.levels}: {self.epochs} epochs must be as many at least, and depth {self.depth} must "
                 f"be 1 more than a multiple of {2 ** (self.levels - 1)}"
             )
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}; it must be above 0, and at most 1, which leaves the rates alone")
         if self.solver == "direct" and not (self.turning and self.form == "two_point"):
             raise ValueError("solver 'direct' is for sine and spirals in the two-point form; take 'anderson'")
-        _ = self.step
+        _ = self.step, self.stages
 
     @property
     def turning(self) -> bool:
@@ -177,7 +185,7 @@ class Example:
         for doubled in (2**k for k in range(self.levels - 1, 0, -1)):
             depth = (self.depth - 1) // doubled + 1
             coarse.append(replace(self, depth=depth, time=depth * doubled * self.step.dt, levels=1))
-        return (*coarse, replace(self, levels=1))
+        return (*coarse, replace(self, levels=1) if coarse else self)
 
     @property
     def step(self) -> Theta:
@@ -210,13 +218,15 @@ class Example:
             sizes = {"inputs": inputs, "width": self.width, "depth": self.depth, "activation": self.activation}
             return turning(self.step, draws, **sizes, direct=self.solver == "direct")
         if self.problem == "wave":
-            block = self.step(perceptron(draws, 2, self.width, activation="gelu"))
+            block = self.step(small_perceptron(draws, 2, self.width, hidden=4, activation="gelu"))
             return Chain(nn.ZeroPad1d((0, 1)), [block], Last(), times=self.depth)
         if self.problem == "arms":
-            branches = [perceptron(draws, 3, self.width, hidden=2) for _ in range(self.depth)]
-            blocks = [self.step(Bounded(f, self.bound) if self.bound else f) for f in branches]
-            return Chain(nn.ZeroPad1d((0, 1)), blocks, networks.Dense(draws, 3, 1))
-        branch = Stiff(draws, self.width, self.limits) if self.problem == "stiff" else perceptron(draws, 2, self.width)
+            branches = [small_perceptron(draws, 3, self.width, hidden=3, activation="relu") for _ in range(self.depth)]
+            for branch in branches if self.bound else ():
+                unit_(branch)
+            blocks = [self.step(Scaled(branch, self.bound or _FREE)) for branch in branches]
+            return Chain(nn.ZeroPad1d((0, 1)), blocks, networks.Dense(draws, 3, 1, bias=False))
+        branch = Stiff(draws, self.width, self.limits) if self.problem == "stiff" else perceptron(draws, self.width)
         return Flow(self.step, branch, times=self.depth, shown=1 if self.problem == "stiff" else 2)
 
     def trained(self, folder: Path) -> nn.Module:
@@ -291,7 +301,7 @@ LOSSES: dict[str, Loss] = {
 def _train(example: Example, problem: Problem, checkpoint: Path, show: Show) -> tuple[nn.Module, list[dict]]:
     """Train all members, level by level; the network, and a row of the history now and then."""
     about, stages = example.describe() | here(1, "cpu"), example.stages
-    at = progress_of(checkpoint) if checkpoint.exists() else Progress()
+    at = progress_of(checkpoint, about) if checkpoint.exists() else Progress()
 
     def level_of(epoch: int) -> int:
         return epoch * example.levels // example.epochs
@@ -313,7 +323,8 @@ def _train(example: Example, problem: Problem, checkpoint: Path, show: Show) -> 
             network, optimiser = begun(level)
             refine_(network, coarse)
         for number, (x, y) in enumerate(_batches(example, problem.train, epoch)):
-            found = _train_step(example, network, optimiser, x, y, [why is None for why in failed])
+            rates = [member.rate * example.decay ** (epoch / example.epochs) for member in example.members]
+            found = _train_step(example, network, optimiser, x, y, [why is None for why in failed], rates)
             where = f"in epoch {epoch + 1}, step {number + 1}"
             failed = [old or (new and f"{new} {where}") for old, new in zip(failed, found, strict=True)]
         if epoch + 1 == example.epochs or (epoch + 1) % apart == 0:
@@ -344,7 +355,13 @@ def _losses(example: Example, run: Run, y: Tensor) -> Tensor:
 
 
 def _train_step(
-    example: Example, network: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, alive: list[bool]
+    example: Example,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    alive: list[bool],
+    rates: list[float],
 ) -> list[str | None]:
     """One step of every member that is alive; of each, why it failed. Those that failed get weights of 0."""
     count = len(alive)
@@ -360,25 +377,30 @@ def _train_step(
     fine = finite & solved & torch.tensor(alive)
     before = [p.detach().clone() for p in network.parameters()]
     optimiser.step()
-    rates = torch.tensor([member.rate for member in example.members], dtype=torch.float64)
+    shares = torch.tensor(rates, dtype=torch.float64)
     with torch.no_grad():
         for p, old in zip(network.parameters(), before, strict=True):
             shape = (count, *[1] * (p.ndim - 1))
-            p.copy_(torch.where(fine.view(shape), torch.lerp(old, p, rates.view(shape)), 0))
+            p.copy_(torch.where(fine.view(shape), torch.lerp(old, p, shares.view(shape)), 0))
     reasons = zip(finite.tolist(), solved.tolist(), strict=True)
     return [None if s and f else "not solved" if f else "not finite" for f, s in reasons]
 
 
 def _along_the_path(example: Example, network: Chain, run: Run) -> Float[Tensor, " member"]:
-    """The penalties of "wave" on its one right-hand side, of each member: `penalties.Penalty`, without the sigmoid."""
+    """The penalties of "wave" on its one right-hand side, of each member: `penalties.Penalty` of power 2, not squashed.
+
+    Of exact traces and norms. As there, the gradient goes through the states, which the paper's code holds constant.
+    """
     f, dt = right_hand_side(network.blocks[0])
     h = torch.stack(run.states, 1)
     rows, points, d = h.shape
     unit = math.sqrt(d) * torch.eye(d, dtype=h.dtype)  # of these as probes both estimates are exact
     _, trace, square = hutchinson(f, h.flatten(0, 1), unit[:, None].expand(d, rows * points, d))
     shares = torch.tensor(trapezoidal([dt] * (points - 1)), dtype=h.dtype)
-    paths = example.divergence * trace / d + example.jacobian * square / d**2
-    return (paths.view(-1, points) @ shares).view(len(example.members), -1).mean(1)
+    growth = (torch.arange(1, points + 1, dtype=h.dtype) / points) ** _POWER
+    divergence, jacobian = trace.view(rows, points) @ (shares * growth), square.view(rows, points) @ shares
+    paths = example.divergence * divergence / d + example.jacobian * jacobian / d**2
+    return paths.view(len(example.members), -1).mean(1)
 
 
 @torch.no_grad()
@@ -406,14 +428,14 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
         points (5 %, 50 %, 95 %) of the largest singular value of the Jacobian from the input to the last state, of the
         largest of that from the first state to the last, and of its smallest; for "spirals" also "noise": by standard
         deviation, the accuracy on validation points with Gaussian noise, mean over 20 draws, the same for all members.
-        For "arms", per member: "shifted", by length, the accuracy on validation points that are moved so far outwards
-        and so far inwards, mean of both.
+        For "arms", per member: "shifted", by length, the accuracy on 500 points of each spiral that are moved so far
+        outwards and so far inwards, mean of both.
 
     Source: P3 (Reshniak & Webster), the claim of robustness, how it is measured is ours; the shifts are those of its
     extended version.
     """
     if example.problem == "arms":
-        return {"shifted": {str(by): _shifted_accuracy(network, problem.validation, by) for by in SHIFTS}}
+        return {"shifted": {str(by): _shifted_accuracy(network, len(example.members), by) for by in SHIFTS}}
     if not example.turning:
         return {}
     pairs, count = problem.validation, len(example.members)
@@ -449,11 +471,12 @@ def _noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float) -> list[float]:
 
 
 @torch.no_grad()
-def _shifted_accuracy(network: nn.Module, pairs: Pairs, by: float) -> list[float]:
-    outwards, right = pairs.x / pairs.x.norm(dim=-1, keepdim=True), []
+def _shifted_accuracy(network: nn.Module, members: int, by: float) -> list[float]:
+    x, y = map(torch.tensor, problems.two_arms(500))
+    outwards, right = x / x.norm(dim=1, keepdim=True), []
     for shift in (by, -by):
-        output = network((pairs.x + shift * outwards).flatten(0, 1)).output.view(pairs.y.shape)
-        right.append(((output > 0) == (pairs.y > 0.5)).double().mean((1, 2)))
+        output = network((x + shift * outwards).repeat(members, 1)).output.view(members, -1)
+        right.append(((output > 0) == (y[:, 0] > 0.5)).double().mean(1))
     return torch.stack(right).mean(0).tolist()
 
 
@@ -468,7 +491,7 @@ def truncation(example: Example, network: nn.Module | None = None) -> dict[str, 
         Per member: "error", |truncated - exact| / |exact|, and "cosine" of the two; 0 where the truncated one is 0.
 
     Raises:
-        ValueError: If the example has no blocks with weights of their own.
+        ValueError: If it is another example.
 
     Source: P3 (Reshniak & Webster): what its code computes, where the text has the exact gradient.
     """

@@ -55,12 +55,19 @@ class Dense(nn.Module):
         inputs: Entries of x.
         outputs: Entries of the result.
         activation: tanh, relu, gelu or identity.
+        bias: Whether b is learned; else it stays 0.
     """
 
-    def __init__(self, draws: Draws, inputs: int, outputs: int, activation: str = "identity") -> None:
+    def __init__(
+        self, draws: Draws, inputs: int, outputs: int, activation: str = "identity", *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.weight = _glorot(draws, inputs, outputs)
-        self.bias = nn.Parameter(torch.zeros(len(draws), 1, outputs, dtype=torch.float64))
+        zeros = torch.zeros(len(draws), 1, outputs, dtype=torch.float64)
+        if bias:
+            self.bias = nn.Parameter(zeros)
+        else:
+            self.register_buffer("bias", zeros)
         self.act = torch.nn.functional.gelu if activation == "gelu" else activation_of(activation).value
 
     def forward(self, h: Float[Tensor, "row inputs"]) -> Float[Tensor, "row outputs"]:
@@ -316,42 +323,62 @@ def _walk(h: Tensor, blocks: Iterable[nn.Module]) -> tuple[list[Tensor], list[So
     return states, solutions
 
 
-def perceptron(draws: Draws, state: int, width: int, *, hidden: int = 3, activation: str = "tanh") -> nn.Sequential:
-    """A right-hand side: `hidden` layers of so many entries, state -> width -> .. -> width, and a linear one back.
+def perceptron(draws: Draws, width: int) -> nn.Sequential:
+    """The right-hand side for prey and predators: tanh layers 2 -> width -> width -> width, and a linear one back to 2.
+
+    Source: P3 (Reshniak & Webster), extended version.
+    """
+    tanh = (Dense(draws, inputs, width, "tanh") for inputs in (2, width, width))
+    return nn.Sequential(*tanh, Dense(draws, width, 2))
+
+
+def small_perceptron(draws: Draws, state: int, width: int, *, hidden: int, activation: str) -> nn.Sequential:
+    """A right-hand side that begins near 0: layers state -> width -> .. -> width and, without bias, back to the state.
 
     Args:
         draws: Random generators of the members.
         state: Entries of the state.
-        width: Of the layers.
+        width: Of the hidden layers.
         hidden: How many.
         activation: As of `Dense`.
 
-    Source: P3 (Reshniak & Webster), extended version.
+    Returns:
+        It, each matrix of Frobenius norm 1.
+
+    Source: P3 (Reshniak & Webster), the code of the extended version, whose `depth` is one less than `hidden`.
     """
     sizes = [state, *[width] * hidden]
-    layers = (Dense(draws, *pair, activation) for pair in pairwise(sizes))
-    return nn.Sequential(*layers, Dense(draws, width, state))
+    layers = [Dense(draws, *pair, activation) for pair in pairwise(sizes)]
+    layers.append(Dense(draws, width, state, bias=False))
+    for layer in layers:
+        layer.weight.data /= torch.linalg.matrix_norm(layer.weight.data, keepdim=True)
+    return nn.Sequential(*layers)
 
 
-class Bounded(nn.Module):
-    """`c g(h)` with Lip(g) <= 1: a perceptron with tanh, each of whose matrices is divided by its norm.
+class Scaled(nn.Module):
+    """`c g(h)`.
 
     Args:
-        branch: The perceptron, changed in place.
-        bound: c.
-
-    Source: P3 (Reshniak & Webster), extended version: "1Lip" and "2Lip" of its spirals.
+        branch: g.
+        factor: c.
     """
 
-    def __init__(self, branch: nn.Sequential, bound: float) -> None:
+    def __init__(self, branch: nn.Module, factor: float) -> None:
         super().__init__()
-        self.branch, self.bound = branch, bound
-        for layer in branch:
-            parametrize.register_parametrization(layer, "weight", _Unit())
+        self.branch, self.factor = branch, factor
 
     def forward(self, h: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
         """The slope at a state."""
-        return self.bound * self.branch(h)
+        return self.factor * self.branch(h)
+
+
+def unit_(branch: nn.Sequential) -> None:
+    """Divide every matrix of a perceptron by its norm from now on; its Lipschitz constant is 1 at most (tanh, ReLU).
+
+    Source: P3 (Reshniak & Webster), extended version; there by power iterations.
+    """
+    for layer in branch:
+        parametrize.register_parametrization(layer, "weight", _Unit())
 
 
 class Stiff(nn.Module):

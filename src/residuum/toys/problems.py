@@ -66,15 +66,20 @@ def wave(seeds: Sequence[int]) -> Problem:
 
 
 def arms(seeds: Sequence[int]) -> Problem:
-    """Two spirals of three turns whose arms are 1 apart, of radius 6.5 to 0.5: 400 points of each class per split.
+    """Two spirals whose arms are 1 apart, 400 points of each (`two_arms`): every second to train, others to validate.
 
-    Source: P3 (Reshniak & Webster), extended version; that points to validate lie between those to train is ours.
+    Source: P3 (Reshniak & Webster), the code of the extended version.
     """
-    s = np.linspace(0, 96, 800)
+    x, y = two_arms(400)
+    return Problem(*(_for_all(seeds, x[rows], y[rows]) for rows in (slice(0, None, 2), slice(1, None, 2))))
+
+
+def two_arms(count: int) -> tuple[Float[np.ndarray, "row 2"], Float[np.ndarray, "row 1"]]:
+    """Two spirals of three turns, of radius 6.5 to 0.5, so many points on each; class 0, then class 1."""
+    s = np.linspace(0, 96, count)
     turn = np.stack([np.sin(s * np.pi / 16), np.cos(s * np.pi / 16)], 1)
     one = 6.5 * (1 - s / 104)[:, None] * turn
-    x, y = np.concatenate([one, -one]), np.repeat([0.0, 1.0], 800)[:, None]
-    return Problem(*(_for_all(seeds, x[rows], y[rows]) for rows in (slice(0, None, 2), slice(1, None, 2))))
+    return np.concatenate([one, -one]), np.repeat([0.0, 1.0], count)[:, None]
 
 
 def stiff(seeds: Sequence[int], *, steps: int, time: float) -> Problem:
