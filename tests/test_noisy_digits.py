@@ -20,16 +20,17 @@ from residuum.toys.digits import NOISE, NoisyDigits, balanced, under_noise
 TINY = NoisyDigits(data="digits", images=60, epochs=2, batch=30, draws=2)
 
 
-@pytest.mark.parametrize(("spectrum", "count"), [("free", 17452), ("unit", 17452), ("stable", 17503)])
+@pytest.mark.parametrize(("spectrum", "count"), [("free", 31208), ("unit", 31208), ("stable", 31310)])
 def test_networks_for_mnist_have_four_states_and_so_many_parameters(spectrum: str, count: int) -> None:
-    """1 x 28 x 28, 6 x 6 x 6, 12 x 3 x 3, 24 x 2 x 2; by hand: blocks 18 (1 + 36 + 144 + 576), the maps between them
-    300 + 660 + 2616, the last one 250; with a disc to learn 2 + width more per block."""
+    """1 x 28 x 28, 6 x 6 x 6, 12 x 3 x 3, 24 x 2 x 2; by hand: four convolutions per block 36 (1 + 36 + 144 + 576) and
+    4 (1 + 6 + 12 + 24), the maps between them 294 + 648 + 2592, the last one 250; with a disc to learn 2 + width more
+    per step."""
     network, shapes = NoisyDigits(spectrum=spectrum).network(), []
-    for block in network.blocks:
+    for block in (step for steps in network.blocks for step in steps):
         block.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     assert shapes[::2] == shapes[1::2] == [(1, 28, 28), (6, 6, 6), (12, 3, 3), (24, 2, 2)]
-    assert 18 * (1 + 36 + 144 + 576) + 300 + 660 + 2616 + 250 == 17452
+    assert 36 * (1 + 36 + 144 + 576) + 4 * (1 + 6 + 12 + 24) + 294 + 648 + 2592 + 250 == 31208
     assert sum(p.numel() for p in network.parameters()) == count
 
 
@@ -37,17 +38,29 @@ def test_networks_for_mnist_have_four_states_and_so_many_parameters(spectrum: st
 def test_steps_of_stable_networks_amplify_within_the_limits(theta: float) -> None:
     job = replace(TINY, theta=theta)
     network = job.network(8).eval()
-    for block in network.blocks:
+    for block in (step for steps in network.blocks for step in steps):
         ends = np.array([block.branch.spectrum.low, block.branch.spectrum.high]) * job.step.dt
         assert amplification(ends, theta=theta).real == pytest.approx([0.2, 1.2])
     assert all(found["bound"] == 1 for found in limits(network).values())
     x = torch.randn(4, 1, 8, 8)
     near = x + 1e-3 * torch.randn_like(x)
     with torch.no_grad():
-        apart = (network.blocks[0](near) - network.blocks[0](x)).flatten(1).norm(dim=1)
+        step = network.blocks[0][0]
+        apart = (step(near) - step(x)).flatten(1).norm(dim=1)
     ratio = apart / (near - x).flatten(1).norm(dim=1)
     assert (ratio > 0.2 - 1e-2).all()
     assert (ratio < 1.2 + 1e-2).all()
+
+
+def test_free_branches_begin_small_and_limited_ones_at_their_limit() -> None:
+    """Frobenius norm 1, as in the paper's code; its limited weights are divided by their norm from the start."""
+    free, unit = (replace(TINY, theta=0.0, spectrum=spectrum).network(8) for spectrum in ("free", "unit"))
+    for steps in free.blocks:
+        for step in steps:
+            for layer in (step.branch[1], step.branch[3]):
+                assert layer.weight.norm().item() == pytest.approx(1, rel=1e-5)
+                assert not layer.bias.any()
+    assert all(found["active"] for found in limits(unit.eval()).values())
 
 
 def test_every_class_counts_the_same_in_the_loss() -> None:
@@ -77,9 +90,7 @@ def test_noise_is_the_same_for_all_networks_and_clipped(monkeypatch: pytest.Monk
     assert all(torch.equal(a, b) for a, b in zip(seen[:3], again, strict=True))
     assert not torch.equal(one, other)
     assert torch.allclose(clean, images.preparation(images.images))
-    mean, std = images.preparation.mean[0], images.preparation.std[0]
-    assert float(one.min()) == pytest.approx((0 - mean) / std, rel=1e-5)
-    assert float(one.max()) == pytest.approx((1 - mean) / std, rel=1e-5)
+    assert (clean.min(), clean.max()) == (one.min(), one.max()) == (0, 1)
 
 
 def test_it_is_a_job_that_ends_the_same_twice(tmp_path: Path) -> None:
@@ -92,7 +103,7 @@ def test_it_is_a_job_that_ends_the_same_twice(tmp_path: Path) -> None:
     assert set(done.values["noise"]) == {"train", "test"}
     assert [float(sd) for sd in done.values["noise"]["train"]] == list(NOISE)
     assert len(done.values["history"]) == 2
-    assert "blocks.0" in done.values["history"][0]["solves"]
+    assert "blocks.0.0" in done.values["history"][0]["solves"]
     assert NoisyDigits.from_description(TINY.describe()) == TINY
     assert TINY.key != replace(TINY, spectrum="unit").key
 

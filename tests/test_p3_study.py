@@ -270,7 +270,7 @@ def test_the_cost_of_every_job_is_known(scale: str) -> None:
 def test_an_example_is_a_job_like_others(tmp_path: Path) -> None:
     example = replace(PAPER["sine"], depth=2, epochs=2, batch=50, seeds=(0, 1))
     assert isinstance(example, Job)
-    assert {"network": Run, "example": Example, "noisy digits": NoisyDigits} == worker.KINDS
+    assert {"network": Run, "example": Example, "digits under noise": NoisyDigits} == worker.KINDS
     done = execute(example, tmp_path / "alone")
     assert done.values["members"] == [{"rate": 0.01, "seed": 0}, {"rate": 0.01, "seed": 1}]
     assert done.values["parameters"] == parameters(example, 2)

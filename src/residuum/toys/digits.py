@@ -29,7 +29,7 @@ from residuum.training import EVALUATION_BATCH, TrainConfig, train
 
 NOISE = (0.0, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 WIDTHS = (1, 6, 12, 24)  # channels of the four states
-_WEIGHTS = "residuum noisy digits 1"
+_WEIGHTS = "residuum noisy digits 2"
 _RATE = Steps(tuple((part / 10, 0.1 ** (part / 10)) for part in range(1, 10)))  # "evenly to 10 %"
 
 
@@ -37,15 +37,15 @@ _RATE = Steps(tuple((part / 10, 0.1 ** (part / 10)) for part in range(1, 10)))  
 class NoisyDigits:
     """A network of four ODE blocks for the first images of MNIST, trained and then looked at under noise.
 
-    The states are 1 x 28 x 28, 6 x 6 x 6 (after a 7x7 convolution of stride 2 and 3x3 max pooling), 12 x 3 x 3 and
-    24 x 2 x 2 (after 3x3 convolutions of stride 2); then come average pooling and a linear map. Each block is one
-    right-hand side, two convolutions with ReLU before each, that is stepped along `steps` times.
+    The states are 1 x 28 x 28 (pixels from 0 to 1), 6 x 6 x 6 (after a 7x7 convolution of stride 2 and 3x3 max
+    pooling), 12 x 3 x 3 and 24 x 2 x 2 (after 3x3 convolutions of stride 2); then come average pooling and a linear
+    map. Each block makes `steps` steps; each has a right-hand side of its own, two convolutions with ReLU before each.
 
     Attributes:
         theta: Of the `Theta` step. 0: an ordinary residual network.
-        spectrum: "free": the convolutions as they are ("plain" in the paper's table). "unit": limited, Lipschitz
-            constant 1 ("1Lip"). "stable": `Controlled` so that a step amplifies by what lies in [0.2, 1.2], the disc
-            learned around 1, and its divergence penalised.
+        spectrum: "free": the convolutions as they are, small at first ("plain" in the paper's table). "unit": limited,
+            Lipschitz constant 1 ("1Lip"). "stable": `Controlled` so that a step amplifies by what lies in [0.2, 1.2],
+            the disc learned around 1, and its divergence penalised.
         seed: Of weights, order and noise.
         data: The data set: "mnist", or another of square images of one channel.
         images: So many first training images; and first test images that noise is tried on.
@@ -58,8 +58,9 @@ class NoisyDigits:
         tol: Of solver and adjoint.
         draws: Of the noise.
 
-    Source: P3 (Reshniak & Webster), extended version, its experiment of February 2021; what is not known is ours: the
-    steps (2), that they share their weights, ReLU, initial weights (torch's own).
+    Source: P3 (Reshniak & Webster), extended version, its code of February 2021. Ours: norms are limited to 1, and not
+    divided by where they have become smaller; the steps of a block learn a disc each, there one together; tol, there
+    1e-6.
     """
 
     theta: float = 0.5
@@ -76,7 +77,7 @@ class NoisyDigits:
     tol: float = 1e-5
     draws: int = 10
 
-    kind: ClassVar[str] = "noisy digits"
+    kind: ClassVar[str] = "digits under noise"
 
     def __post_init__(self) -> None:
         if self.spectrum not in ("free", "unit", "stable"):
@@ -113,7 +114,7 @@ class NoisyDigits:
             return Network(self, rows)
 
     def first(self, root: Path | None) -> Splits:
-        """The first images of both splits.
+        """The first images of both splits, read as numbers from 0 to 1.
 
         Raises:
             ValueError: If they are not square, of one channel and of at most ten classes.
@@ -127,7 +128,13 @@ class NoisyDigits:
                 f"noisy digits: {self.data!r} has {channels} channels of {size[0]}x{size[1]} pixels and {classes} "
                 "classes; it must be square images of one channel, each of one of at most ten classes"
             )
-        return Splits(*(replace(p, images=p.images[: self.images], labels=p.labels[: self.images]) for p in splits))
+        plain = replace(splits.train.preparation, mean=(0.0,), std=(1.0,))
+        return Splits(
+            *(
+                replace(part, images=part.images[: self.images], labels=part.labels[: self.images], preparation=plain)
+                for part in splits
+            )
+        )
 
     def describe(self) -> dict[str, Any]:
         """What determines the result, as JSON values, without settings that are as in the class."""
@@ -166,7 +173,7 @@ class NoisyDigits:
         start = perf_counter()
         with threads_of_torch(settings.threads):
             data = self.first(settings.data_root)
-            penalty = Penalty(self.divergence if self.spectrum == "stable" else 0.0, power=1.0, draws="gaussian")
+            penalty = Penalty(self.divergence if self.spectrum == "stable" else 0.0, power=2.0, draws="gaussian")
             losses = penalised(penalty, balanced(data.train), sections=_along)
 
             def attempt() -> tuple[Network, list[dict[str, Any]]]:
@@ -206,15 +213,15 @@ class Network(nn.Module):
         half = -(-rows // 2)
         sizes = [rows, (half - 3) // 2 + 1]
         sizes += [-(-sizes[1] // 2), -(-sizes[1] // 4)]
-        self.steps = job.steps
         self.blocks = nn.ModuleList(
-            job.step(_branch(job, channels, size)) for channels, size in zip(WIDTHS, sizes, strict=True)
+            nn.ModuleList(job.step(_branch(job, channels, size)) for _ in range(job.steps))
+            for channels, size in zip(WIDTHS, sizes, strict=True)
         )
         self.between = nn.ModuleList(
             [
-                nn.Sequential(nn.Conv2d(1, 6, 7, stride=2, padding=3), nn.MaxPool2d(3, 2)),
-                nn.Conv2d(6, 12, 3, stride=2, padding=1),
-                nn.Conv2d(12, 24, 3, stride=2, padding=1),
+                nn.Sequential(nn.Conv2d(1, 6, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, 2)),
+                nn.Conv2d(6, 12, 3, stride=2, padding=1, bias=False),
+                nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False),
             ]
         )
         self.dense = nn.Linear(WIDTHS[-1], 10)
@@ -224,16 +231,22 @@ class Network(nn.Module):
     def forward(self, x: Float[Tensor, "example 1 row row"]) -> Float[Tensor, "example class"]:
         """Scores of the classes."""
         x = x.contiguous(memory_format=torch.channels_last)
-        for block, between in zip(self.blocks, (*self.between, None), strict=True):
-            for _ in range(self.steps):
-                x = block(x)
+        for steps, between in zip(self.blocks, (*self.between, None), strict=True):
+            for step in steps:
+                x = step(x)
             x = x if between is None else between(x)
         return self.dense(x.mean((2, 3)))
 
 
 def _branch(job: NoisyDigits, channels: int, size: int) -> nn.Module:
     """A right-hand side: two convolutions with ReLU before each, free or limited."""
-    convolutions = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+    convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+    for convolution in convolutions:
+        nn.init.zeros_(convolution.bias)
+        # Limited weights begin above their limit, and so are divided by their norm, as in the paper's code.
+        nn.init.xavier_uniform_(convolution.weight, gain=3.0)
+        if job.spectrum == "free":
+            convolution.weight.data /= convolution.weight.data.norm()
     layers = [layer for convolution in convolutions for layer in (nn.ReLU(), convolution)]
     if job.spectrum == "free":
         return nn.Sequential(*layers)
@@ -242,8 +255,8 @@ def _branch(job: NoisyDigits, channels: int, size: int) -> nn.Module:
 
 
 def _along(network: nn.Module) -> Sequence[Sequence[nn.Module]]:
-    """The blocks of each section, in the order in which they run."""
-    return [[block] * network.steps for block in network.blocks]
+    """The steps of each block, in the order in which they run."""
+    return [list(steps) for steps in network.blocks]
 
 
 def balanced(images: ImageSet) -> Loss:
