@@ -16,7 +16,7 @@ from residuum.claims import Judged, Study, judge
 from residuum.engines.pool import Pool
 from residuum.experiments import SCALES, study
 from residuum.experiments.p3 import DEEP, REGRESSION, VARIED, VERDICTS
-from residuum.experiments.p3_runs import PAPER, depth_needed, final, minutes, parameters, stable_rate
+from residuum.experiments.p3_runs import PAPER, depth_needed, final, last_in_common, minutes, parameters, stable_rate
 from residuum.experiments.p3_runs import SCALES as PLANS
 from residuum.files import stored, write_json, write_tensors
 from residuum.jobs import Job
@@ -213,6 +213,26 @@ def test_networks_that_have_not_learned_the_spirals_cannot_lose_them(tmp_path: P
     judged = judge(claim, results)
     assert judged.verdict == "inconclusive"
     assert "only 80.0% are right where nothing is moved, with a bound of 1" in judged.obtained
+
+
+def test_steps_are_compared_where_no_training_has_failed_yet(tmp_path: Path) -> None:
+    claim = next(claim for claim in planned("small").claims if claim.id == "p3-wave-theta")
+    results = make(tmp_path, claim.jobs, as_the_paper)
+    for number, job in enumerate(claim.jobs):
+        path = tmp_path / job.key / "values.json"
+        values = json.loads(path.read_text())
+        rows = [[4.0 + seed + number for seed in range(5)], [9.0] * 5, [9.0, None, 9.0, 9.0, 9.0]]
+        values["history"] = [{"epoch": 10 * (n + 1), "steps": row} for n, row in enumerate(rows)]
+        values["history"][1]["steps"] = [9.0, 9.0, 9.0, 9.0, None if number else 9.0]
+        write_json(path, values)
+    epoch, one, other = last_in_common(results, *claim.jobs, "steps")
+    assert (epoch, one[2], other[2]) == (10, 6.0, 7.0)
+    assert judge(claim, results).verdict == "fail"
+    assert "6.0 against 7.0 at epoch 10" in judge(claim, results).obtained
+    values["history"][0]["steps"][0] = None
+    write_json(path, values)
+    with pytest.raises(ValueError, match="a training failed before epoch 10"):
+        last_in_common(results, *claim.jobs, "steps")
 
 
 def test_a_learning_rate_is_stable_if_all_lower_ones_are(tmp_path: Path) -> None:

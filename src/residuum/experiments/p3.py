@@ -298,8 +298,8 @@ def _penalised(to: Scale) -> list[Claim]:
     )  # fmt: skip
     source = "P3, extended version, logs of its regression of sin x"
     limits = (
-        "Steps are Anderson's, the paper's those of L-BFGS. Rates are constant, where the paper's fall on plateaus. "
-        "The penalty's gradient goes through the states, which its code holds constant."
+        "Steps are Anderson's, the paper's those of L-BFGS. Rates are constant, where the paper's fall on plateaus. A "
+        "training ends where an equation is not solved; the paper's code goes on."
     )
     return [
         _claim(f"wave-{name}", source, f"sin x, {text}", f"{known}, log10 of the ratio above 0", test, jobs=jobs,

@@ -339,6 +339,20 @@ def quantile(results: Results, example: Example, name: str, place: int) -> BySee
     return {s: row[place] for s, row in zip(example.seeds, results[example.key].values["measured"][name], strict=True)}
 
 
+def last_in_common(results: Results, one: Example, other: Example, name: str) -> tuple[int, BySeed, BySeed]:
+    """The last epoch in whose row no training of both has failed, and their values there, by seed.
+
+    Raises:
+        ValueError: If there is no such row.
+    """
+    histories = (results[example.key].values["history"] for example in (one, other))
+    rows = [pair for pair in zip(*histories, strict=True) if None not in (*pair[0][name], *pair[1][name])]
+    if not rows:
+        raise ValueError(f"a training failed before epoch {results[one.key].values['history'][0]['epoch']}")
+    found = [dict(zip(e.seeds, row[name], strict=True)) for e, row in zip((one, other), rows[-1], strict=True)]
+    return rows[-1][0]["epoch"], *found
+
+
 def accuracy_under(results: Results, example: Example, change: str, size: float) -> BySeed:
     """Accuracy of spirals under "noise" of a standard deviation, or "shifted" by a length, by seed."""
     final(results, example, "validation_loss")

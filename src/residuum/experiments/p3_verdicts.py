@@ -15,6 +15,7 @@ from residuum.experiments.p3_runs import (
     accuracy_under,
     depth_needed,
     final,
+    last_in_common,
     logs,
     parameters,
     quantile,
@@ -202,10 +203,10 @@ def no_worse(results: Results, *, of: Example, than: Example) -> Obtained:
 
 
 def more_steps(results: Results, *, of: Example, than: Example) -> Obtained:
-    """The solver takes more steps per block at the end of training."""
-    one, other = (final(results, example, "steps") for example in (of, than))
+    """The solver takes more steps per block, in the last row of the history in which no training has failed."""
+    epoch, one, other = last_in_common(results, of, than, "steps")
     means = " against ".join(f"{np.mean(list(values.values())):.1f}" for values in (one, other))
-    return _worded(f"{means}, log10 of the ratio", above(paired(logs(one), logs(other)), 0.0))
+    return _worded(f"{means} at epoch {epoch}, log10 of the ratio", above(paired(logs(one), logs(other)), 0.0))
 
 
 def more_right_moved(results: Results, *, of: Example, than: Example, by: float) -> Obtained:

@@ -102,8 +102,9 @@ class Example:
         limits: Of "stiff", the interval of dy'/dy.
         decay: What the rates have come down to at the end, evenly in their logarithm.
         bound: Of "arms", the bound on the Lipschitz constant of each branch; 0: none, and 15 times the branch.
-        divergence: Of "wave", weight of the mean of tr J / d along the path of states, late ones above all.
-        jacobian: Of "wave", weight of the mean of |J|_F^2 / d^2 along that path.
+        divergence: Of "wave", weight of the mean of tr J / d along the path of states, late ones above all; the states
+            are constants in its gradient.
+        jacobian: Of "wave", weight of the mean of |J|_F^2 / d^2 along that path, in the same way.
         levels: Of "sine" and "spirals", in how many levels they are trained, each with an equal share of the epochs and
             a fresh optimiser: from few blocks, L of which become 2 L - 1 with half the dt (`networks.refine_`), to
             `depth` blocks at the last.
@@ -196,6 +197,7 @@ class Example:
             form=self.form,
             solver=_solver(self.solver, self.tol),
             param_grad=self.param_grad,
+            start="state" if self.problem == "wave" else "euler",  # as in the paper's code; Euler's is far off there
             adjoint=Dense(self.tol),
         )
 
@@ -389,10 +391,10 @@ def _train_step(
 def _along_the_path(example: Example, network: Chain, run: Run) -> Float[Tensor, " member"]:
     """The penalties of "wave" on its one right-hand side, of each member: `penalties.Penalty` of power 2, not squashed.
 
-    Of exact traces and norms. As there, the gradient goes through the states, which the paper's code holds constant.
+    Of exact traces and norms. The states are constants in its gradient, as in the paper's code.
     """
     f, dt = right_hand_side(network.blocks[0])
-    h = torch.stack(run.states, 1)
+    h = torch.stack(run.states, 1).detach()
     rows, points, d = h.shape
     unit = math.sqrt(d) * torch.eye(d, dtype=h.dtype)  # of these as probes both estimates are exact
     _, trace, square = hutchinson(f, h.flatten(0, 1), unit[:, None].expand(d, rows * points, d))
