@@ -27,7 +27,7 @@ from residuum.experiments.p0_verdicts import guess_loss
 from residuum.jobs import Settings
 from residuum.profiles import Measure, Point, Profile
 from residuum.reproduce import keep_runs, kept_runs, stand_ins
-from residuum.runs import DataConfig, Finished, Run, execute
+from residuum.runs import Finished, Run, execute
 
 STUDY = study("p0", "small")
 
@@ -100,6 +100,8 @@ def as_the_paper_says(run: Run, name: str) -> float:
 def the_reverse(run: Run, name: str) -> float:
     """Nothing of it."""
     exact = {"recurrence": 0.99, "drop_gap": 0.01}
+    if name == "loss":
+        return as_the_paper_says(run, name)
     return exact[name] if run.training.coupling.couple == "all" and name in exact else 1 - as_the_paper_says(run, name)
 
 
@@ -126,6 +128,20 @@ def test_what_the_paper_says_passes_and_its_reverse_fails() -> None:
 def test_networks_near_the_ideal_fail_the_first_claim(index: str, value: float) -> None:
     found = verdicts(lambda run, name: value if name == index else as_the_paper_says(run, name))
     assert found[f"p0-mnist-1-{index}"].verdict == "fail"
+
+
+def test_equal_accuracies_of_networks_that_guess_say_nothing() -> None:
+    def guessing(run: Run, name: str) -> float:
+        return {"accuracy": 0.01, "loss": 0.97 * guess_loss(run)}.get(name, as_the_paper_says(run, name))
+
+    found = verdicts(guessing)
+    for name in ("p0-mnist-4-accuracy", "p0-debris-4-accuracy", "p0-debris-4-freedom"):
+        assert found[name].verdict == "inconclusive"
+        assert "neither has learned anything: training losses of 0.970 that of guessing" in found[name].obtained
+    one = verdicts(
+        lambda run, name: as_the_paper_says(run, name) if run.training.coupling.strength else guessing(run, name)
+    )
+    assert one["p0-debris-4-accuracy"].verdict == "fail"
 
 
 def test_half_a_point_with_scatter_is_inconclusive_and_undefined_indices_say_so() -> None:
@@ -159,9 +175,9 @@ def test_accuracy_has_an_interval_over_images_beside_that_over_seeds() -> None:
 
 
 def test_guessing_costs_the_entropy_of_the_labels() -> None:
-    assert guess_loss(DataConfig("mnist")) == pytest.approx(2.302585, abs=1e-6)
-    assert guess_loss(DataConfig("cifar100")) == pytest.approx(4.605170, abs=1e-6)
-    three = SCALES["small"].data["clutter3"]
+    assert guess_loss(run_of("small", "mnist", FREE, 0)) == pytest.approx(2.302585, abs=1e-6)
+    assert guess_loss(run_of("small", "cifar100", FREE, 0)) == pytest.approx(4.605170, abs=1e-6)
+    three = run_of("small", "clutter3", FREE, 0)
     frequent = torch.full((1, 10), 0.3)
     labels = torch.tensor([[1.0] * 3 + [0.0] * 7])
     expected = torch.nn.functional.binary_cross_entropy(frequent, labels).item()

@@ -333,7 +333,7 @@ def _of_sizes(scale: str, data: str) -> list[Claim]:
             f"{ABSTRACT}: networks can express iterative solutions",
             f"{SETS[data]}: on {at.sizes[data][0]:,} images, strength 1 reaches the training loss of strength 0",
             f"difference by the loss of guessing: one-sided bound of 95 % at most {AS_LOW:g}",
-            partial(as_low, pair=pairs[0], images=at.data[data]),
+            partial(as_low, pair=pairs[0]),
             runs=pairs[0],
             limits="Blocks have equal convolutions and batch norms of their own.",
         ),

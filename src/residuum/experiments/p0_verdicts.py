@@ -9,14 +9,14 @@ import numpy as np
 from residuum.claims import Obtained, Results, above, at_least, at_most, below, equals, every
 from residuum.effects import Effect, mean_over, over_examples, paired
 from residuum.experiments.p0_runs import Seeds, accuracies, index_of, losses, right_by_image, sharing
-from residuum.runs import DataConfig
+from residuum.runs import Run
 
 # "Clearly away from the ideal": a tenth of the way to guessing, three times what 500 images leave uncertain.
 AWAY = 0.1
 NO_GAIN = 0.005  # "does not improve", "does not hurt": half a point of accuracy
 ONE_SIDED = 0.90  # level of an interval whose ends are one-sided bounds of 95 %
-# "Comparable training": one twentieth of the way from nothing learned to everything.
-AS_LOW = 0.05
+# "Comparable training", and "has learned anything": one twentieth of the way from nothing learned to everything.
+AS_LOW = LEARNED = 0.05
 
 Pair = tuple[Seeds, Seeds]  # what is compared with what: after, before
 
@@ -52,7 +52,17 @@ def gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
 
 
 def _gain(results: Results, pair: Pair, level: float = 0.95) -> Effect:
+    lowest = [min(_share_of_guessing(results, runs).values()) for runs in pair]
+    if min(lowest) > 1 - LEARNED:  # equal accuracies would say nothing
+        raise ValueError(
+            f"neither has learned anything: training losses of {min(lowest):.3f} that of guessing, at best"
+        )
     return paired(*(accuracies(results, runs) for runs in pair), level=level)
+
+
+def _share_of_guessing(results: Results, runs: Seeds) -> dict[int, float]:
+    """Training loss by that of knowing nothing but how frequent classes are, by seed."""
+    return {seed: loss / guess_loss(runs[seed]) for seed, loss in losses(results, runs).items()}
 
 
 def _beside(results: Results, pair: Pair, found: Obtained) -> Obtained:
@@ -107,19 +117,19 @@ def one_block(results: Results, *, cells: Sequence[Seeds]) -> Obtained:
 ONE_BLOCK = "least recurrence 1, largest gap 0"
 
 
-def as_low(results: Results, *, pair: Pair, images: DataConfig) -> Obtained:
+def as_low(results: Results, *, pair: Pair) -> Obtained:
     """Training loss of the first less that of the second, by that of knowing nothing but how frequent classes are."""
-    after, before = ({s: v / guess_loss(images) for s, v in losses(results, runs).items()} for runs in pair)
+    after, before = (_share_of_guessing(results, runs) for runs in pair)
     return at_most(paired(after, before, level=ONE_SIDED), AS_LOW)
 
 
-def guess_loss(images: DataConfig) -> float:
-    """Loss of an answer that gives every class its frequency.
+def guess_loss(run: Run) -> float:
+    """Loss of an answer that gives every class its frequency; classes are equally frequent.
 
     Args:
-        images: The data; classes are equally frequent.
+        run: Its network tells the number of classes, its data the number of digits in an image.
     """
-    if images.clutter is None:
-        return math.log(100 if images.name == "cifar100" else 10)
-    p = images.clutter.digits / 10
+    if run.data.clutter is None:
+        return math.log(run.model.classes)
+    p = run.data.clutter.digits / 10
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
