@@ -21,7 +21,7 @@ def reproduced(paper: str, folder: Path, *, workers: int = 2) -> list[dict[str, 
     jobs = stand_ins(choice.jobs, {})
     assert keep_runs(choice.studies, gather(jobs, out), kept) == len(choice.jobs)
     results = kept_runs(choice.studies, jobs, kept, folder / "again")
-    (study,) = choice.studies
+    study = next(study for study in choice.studies if study.paper == paper)
     drawn = {figure.id for figure in study.figures if figure.draw(results) is not None}
     assert {path.stem for path in (out / "tiny" / paper).glob("*.png")} == drawn
     claims = _claims(out, paper)
