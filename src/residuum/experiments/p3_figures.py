@@ -69,8 +69,10 @@ def figures(scale: str) -> tuple[Figure, ...]:
         made.append(_figure(f"p3-stiff-{every}", "P3, extended version", words, stiff, stiffness))
     made.append(_figure("p3-prey", "P3, extended version", "Prey and predators, seed 0.", prey, phase_plane_of_prey))
     penalised = tuple(to.penalised(theta, d) for theta in to.wave_thetas for d in to.divergences)
-    words = "sin x with a penalty on the divergence: steps of the solver and training loss over its weight; all seeds."
-    made.append(_figure("p3-wave", "P3, extended version", words, penalised, penalties))
+    words = (
+        "sin x with a penalty on the divergence: steps of the solver and training loss over epochs, median of seeds."
+    )
+    made.append(_figure("p3-wave", "P3, extended version", words, penalised, penalties, failures=True))
     words = "Spirals whose arms are 1 apart: accuracy over how far the points are moved. Mean and range over seeds."
     made.append(_figure("p3-arms", "P3, extended version", words, [to.bounded(name) for name in BOUNDS], shifts))
     levels = [e for theta in (0.0, 0.5) for e in (at(to.spirals, theta), by_levels(at(to.spirals, theta)))]
@@ -90,12 +92,20 @@ def figures(scale: str) -> tuple[Figure, ...]:
     return tuple(made)
 
 
-def _figure(name: str, source: str, caption: str, jobs: Sequence[Example], draw: Callable[[Folders], Drawn]) -> Figure:
-    """A figure of those examples that are complete and have a member that did not fail."""
+def _figure(
+    name: str,
+    source: str,
+    caption: str,
+    jobs: Sequence[Example],
+    draw: Callable[[Folders], Drawn],
+    *,
+    failures: bool = False,
+) -> Figure:
+    """A figure of those examples that are complete, and have a member that did not fail unless it shows failures."""
 
     def drawn(results: Results) -> "matplotlib.figure.Figure | None":
         there = {job: results[job.key].folder for job in jobs if job.key in results}
-        alive = {job: folder for job, folder in there.items() if None in values(folder)["failed"]}
+        alive = {job: folder for job, folder in there.items() if failures or None in values(folder)["failed"]}
         return draw(alive) if alive else None
 
     return Figure(name, source, caption, tuple(jobs), drawn)
@@ -347,28 +357,34 @@ def robustness(folders: Folders) -> Drawn:
 
 
 def penalties(folders: Folders) -> Drawn:
-    """What a penalty on the divergence of the right-hand side costs: the solver's steps, and the fit.
+    """What a penalty on the divergence of the right-hand side costs: the solver's steps, and the loss, over epochs.
+
+    The median of the members whose equations have all been solved so far; a cross where the last of them ends.
 
     Source: P3 (Reshniak & Webster), extended version, the logs of its regression.
     """
-    figure, (row,) = _panels(1, 2, 4.4)
-    ends = []
+    figure, (row,) = _panels(1, 2, 4.6)
+    weights, lost = sorted({example.divergence for example in folders}), []
     for axes, (name, words) in zip(
         row, (("steps", "solver's steps per block"), ("train_loss", "training loss")), strict=True
     ):
-        for theta in dict.fromkeys(example.theta for example in folders):
-            some = {e.divergence: final(values(f), name) for e, f in folders.items() if e.theta == theta}
-            style = _line(next(example for example in folders if example.theta == theta))
-            axes.plot(list(some), [np.mean(found) for found in some.values()], label=f"theta = {theta:g}", **style)
-            for divergence, found in some.items():
-                axes.plot([divergence] * len(found), found, "o", ms=3, color=style["color"])
-            if name == "steps" and theta:
-                first, last = (np.mean(some[end]) for end in (min(some), max(some)))
-                ends.append(f"{first:.1f} to {last:.1f} at theta = {theta:g}")
-        axes.set(xlabel="weight of the divergence penalty", ylabel=words)
+        for example, folder in folders.items():
+            history = values(folder)["history"]
+            rows = [(r["epoch"], [v for v in r[name] if v is not None]) for r in history]
+            epochs, found = zip(*[(epoch, median(alive)) for epoch, alive in rows if alive], strict=True)
+            style = {"color": _COLOURS.get(example.theta, _FALLBACK)}
+            style["ls"] = ("-", "--", ":", "-.", (0, (1, 3)))[weights.index(example.divergence) % 5]
+            axes.plot(epochs, found, label=f"theta = {example.theta:g}, penalty {example.divergence:g}", **style)
+            if len(found) < len(rows):
+                axes.plot(epochs[-1:], found[-1:], "x", color=style["color"])
+            failed = sum(value is None for value in history[-1][name])
+            if name == "steps" and failed:
+                what = f"theta = {example.theta:g}, penalty {example.divergence:g}"
+                lost.append(f"{failed} of {len(example.members)} at {what}")
+        axes.set(xlabel="epoch", ylabel=words)
     row[1].set_yscale("log")
     row[0].legend(fontsize=8)
-    _title(figure, "Steps of the solver, from the least to the largest penalty", ends)
+    _title(figure, "Trainings that end with an equation that is not solved", lost or ["none"])
     return figure
 
 

@@ -283,9 +283,10 @@ SCALES = {
 # Training examples.
 _COUNTS = {"sine": 100, "spirals": 513, "stiff": 5, "lotka_volterra": 7, "wave": 20, "arms": 400}
 # A block in a training step of `_TOGETHER` members.
-_MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5, "wave": 13.0, "wave explicit": 2.0, "arms": 1.5}
-_NOISY = {"free": 28, "unit": 33, "stable": 55, "implicit": 150}  # a step of all blocks, in milliseconds
-_DAMPED = 6  # times as long with the largest rates of the spirals' grid, whose equations need damped steps
+_MILLISECONDS = {"explicit": 0.15, "direct": 0.6, "other": 2.5, "wave": 13.0, "wave explicit": 2.0, "arms": 4.0}
+_NOISY = {"free": 40, "unit": 50, "stable": 95, "implicit": 250}  # a step of all blocks, in milliseconds
+# Times as long with the largest rates of the spirals' grid and with the large steps of levels: damped steps are needed.
+_DAMPED = 6
 _TOGETHER = 25  # members that cost about as much as one
 
 
@@ -305,7 +306,8 @@ def minutes(job: Job) -> float | None:
         kind = "wave explicit" if job.problem == "wave" and job.theta == 0 else job.problem
     else:
         kind = "explicit" if job.theta == 0 else "direct" if job.solver == "direct" else "other"
-    damped = _DAMPED if kind == "direct" and job.problem == "spirals" and len(job.rates) > 1 else 1
+    hard = job.problem == "spirals" and (len(job.rates) > 1 or job.levels > 1)
+    damped = _DAMPED if kind == "direct" and hard else 1
     depth = sum(stage.depth for stage in job.stages) / job.levels
     return steps * depth * _MILLISECONDS[kind] / 60_000 * damped * max(1.0, len(job.members) / _TOGETHER)
 
