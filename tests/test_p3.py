@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from residuum.experiments import p3_figures, p3_runs
+from residuum.experiments import p3_extended, p3_figures, p3_panels, p3_runs
 from residuum.experiments.p3_runs import PAPER, by_levels, equal_time, with_truncation
 from residuum.jobs import Settings
 from residuum.layers.branches import Antisymmetric
 from residuum.layers.steps import Theta
 from residuum.progress import Bar, Show, quiet
 from residuum.solve import Dense, NewtonKrylov
-from residuum.toys import examples
+from residuum.toys import examples, measures
 from residuum.toys.examples import Example
 from residuum.toys.networks import Chain, DirectTheta, Run, Stiff, Turning, refine_
 from residuum.toys.problems import PREY, arms, lotka_volterra, sine, spirals, stiff, two_arms, wave
+from residuum.toys.truncation import truncation
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
 SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1))
@@ -30,7 +31,7 @@ SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seed
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "_DRAWS", 2)
+    monkeypatch.setattr(measures, "_DRAWS", 2)
 
 
 def test_the_spirals_are_the_papers() -> None:
@@ -408,7 +409,7 @@ def test_arms_are_moved_along_the_radius(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Run:
             return Run(of[torch.cdist(x, on).argmin(1)] - 0.5, [], [])
 
-    right = [examples._shifted_accuracy(Nearest(), 1, by)[0] for by in (0.0, 0.33, 0.7)]
+    right = [measures.shifted_accuracy(Nearest(), 1, by)[0] for by in (0.0, 0.33, 0.7)]
     assert right[0] == 1.0
     assert right[1] > 0.97
     assert right[2] < 0.2  # outside the last turn there is no other arm
@@ -507,7 +508,7 @@ def test_the_stiff_right_hand_side_keeps_its_limits() -> None:
 def test_jacobians_are_those_of_autograd() -> None:
     network = replace(SPIRALS, theta=0.5, tol=1e-13).network().requires_grad_(False)
     x = torch.randn(6, 2, dtype=torch.float64)
-    whole, inner = examples.jacobians(network, x)
+    whole, inner = measures.jacobians(network, x)
     for row in range(6):
 
         def last(entry: Tensor, row: int = row) -> Tensor:
@@ -541,13 +542,13 @@ def test_the_papers_solver_finds_the_same() -> None:
 def test_the_truncated_gradient_gets_worse_with_theta() -> None:
     """Spec 4.4: the error grows to 1 at theta = 1, where nothing is left."""
     thetas = (0.25, 0.5, 0.75, 1.0)
-    found = [examples.truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
+    found = [truncation(replace(SPIRALS, theta=theta)) for theta in thetas]
     errors = [median(row["error"]) for row in found]
     assert errors == sorted(errors)
     assert found[-1] == {"error": [1.0, 1.0], "cosine": [0.0, 0.0]}
     assert found[0]["error"][0] == pytest.approx(0.25, abs=0.1)  # a quarter of the blocks' terms is left out
     with pytest.raises(ValueError, match="truncation is for 'sine' and 'spirals', not for 'stiff'"):
-        examples.truncation(PAPER["stiff"])
+        truncation(PAPER["stiff"])
 
 
 def test_minutes_grow_with_the_work() -> None:
@@ -602,10 +603,10 @@ def test_figures_show_what_was_found(tmp_path: Path) -> None:
         p3_figures.fits(folders["sine"]),
         p3_figures.regions(folders["spirals"]),
         p3_figures.robustness(folders["spirals"]),
-        p3_figures.stiffness(folders["stiff"]),
-        p3_figures.phase_plane_of_prey(folders["prey"]),
-        p3_figures.penalties(folders["wave"]),
-        p3_figures.shifts(folders["arms"]),
+        p3_extended.stiffness(folders["stiff"]),
+        p3_extended.phase_plane_of_prey(folders["prey"]),
+        p3_extended.penalties(folders["wave"]),
+        p3_extended.shifts(folders["arms"]),
         p3_figures.solvers(*next(iter(folders["spirals"].items())), block=1, steps=3),
     ]
     for number, figure in enumerate(drawn):
@@ -618,4 +619,4 @@ def test_figures_show_what_was_found(tmp_path: Path) -> None:
     example, folder = next(iter(folders["sine"].items()))
     x = torch.linspace(-1, 1, 5).double()[:, None]
     expected = example.trained(folder)(x.repeat(6, 1)).output.view(6, 5, 1)[2]
-    assert torch.allclose(p3_figures.one(example, folder, 2)(x).output, expected)
+    assert torch.allclose(p3_panels.one(example, folder, 2)(x).output, expected)

@@ -26,7 +26,8 @@ from residuum.stability import SCHEMES
 from residuum.sweeps import sweep
 from residuum.toys.digits import NOISE as LEVELS
 from residuum.toys.digits import NoisyDigits
-from residuum.toys.examples import _WEIGHTS, NOISE, Example
+from residuum.toys.examples import _WEIGHTS, Example
+from residuum.toys.measures import NOISE
 from residuum.toys.problems import damped_sine
 from whole import reproduced
 

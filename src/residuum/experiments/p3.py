@@ -36,7 +36,7 @@ from residuum.experiments.p3_verdicts import (
     under_noise,
 )
 from residuum.jobs import Job
-from residuum.toys.examples import NOISE
+from residuum.toys.measures import NOISE
 
 NOT_KNOWN = "Depth and step of the paper's residual network are lost; here both have the same."
 OWN = "An independent implementation of ours in numpy, 3 seeds; not the paper's numbers, which are curves."

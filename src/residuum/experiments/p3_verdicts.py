@@ -23,7 +23,8 @@ from residuum.experiments.p3_runs import (
 )
 from residuum.stability import amplification, radius, scheme_matrix
 from residuum.toys.digits import NoisyDigits
-from residuum.toys.examples import Example, truncation
+from residuum.toys.examples import Example
+from residuum.toys.truncation import truncation
 
 STEPS = (0.5, 1.0, 2.0, 2.1, 5.0)  # dt w of the table of radii
 EXACT = 1e-6  # Verlet's double eigenvalue at dt w = 2 is found to the root of the rounding error, 1.5e-8

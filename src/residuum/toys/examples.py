@@ -25,6 +25,7 @@ from residuum.progress import Bar, Show, quiet
 from residuum.runfolders import CHECKPOINT, FORMAT
 from residuum.solve import Anderson, Dense, GradientDescent, NewtonKrylov, Picard, Solver
 from residuum.toys import networks, problems
+from residuum.toys.measures import NOISE, SHIFTS, jacobians, noisy_accuracy, shifted_accuracy
 from residuum.toys.networks import (
     Chain,
     Flow,
@@ -46,11 +47,8 @@ from residuum.toys.problems import Pairs, Problem
 _WEIGHTS = "residuum example 1"
 _ROWS = 50  # of a history
 _SECONDS = 60.0  # between two checkpoints
-NOISE = (0.0, 0.02, 0.04, 0.06, 0.08)
-SHIFTS = (0.0, 0.1, 0.2, 0.33, 0.4, 0.5)  # of "arms", which are 1 apart
 _FREE = 15.0  # factor on their branches without a bound
 _POWER = 2  # of time in the penalty on the divergence
-_DRAWS = 20
 
 
 def _solver(name: str, tol: float) -> Solver:
@@ -349,7 +347,7 @@ def _batches(example: Example, pairs: Pairs, epoch: int) -> Iterable[tuple[Tenso
         yield pairs.x[which, some].flatten(0, 1), pairs.y[which, some].flatten(0, 1)
 
 
-def _losses(example: Example, run: Run, y: Tensor) -> Tensor:
+def losses_of(example: Example, run: Run, y: Tensor) -> Tensor:
     """Of each example; of orbits at the steps that are trained on."""
     steps = slice(example.every - 1, None, example.every)
     output, y = (run.output[:, steps], y[:, steps]) if example.orbits else (run.output, y)
@@ -369,7 +367,7 @@ def _train_step(
     count = len(alive)
     optimiser.zero_grad()
     run = network(x)
-    losses = _losses(example, run, y).view(count, -1).mean(1)
+    losses = losses_of(example, run, y).view(count, -1).mean(1)
     if example.variation:
         losses = losses + example.variation * network.variation()
     if example.divergence or example.jacobian:
@@ -412,7 +410,7 @@ def _row(example: Example, network: nn.Module, problem: Problem, failed: Sequenc
     for name, pairs in zip(Problem._fields, problem, strict=True):
         y = pairs.y.flatten(0, 1)
         run = network(pairs.x.flatten(0, 1))
-        losses = _losses(example, run, y) if name == "train" else LOSSES[example.problem](run.output, y)
+        losses = losses_of(example, run, y) if name == "train" else LOSSES[example.problem](run.output, y)
         found[f"{name}_loss"] = losses.view(len(failed), -1).mean(1)
         if LOSSES[example.problem] is crossed:
             found[f"{name}_accuracy"] = ((run.output > 0) == (y > 0.5)).view(len(failed), -1).double().mean(1)
@@ -437,7 +435,7 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
     extended version.
     """
     if example.problem == "arms":
-        return {"shifted": {str(by): _shifted_accuracy(network, len(example.members), by) for by in SHIFTS}}
+        return {"shifted": {str(by): shifted_accuracy(network, len(example.members), by) for by in SHIFTS}}
     if not example.turning:
         return {}
     pairs, count = problem.validation, len(example.members)
@@ -446,66 +444,5 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
     at = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     found: dict[str, Any] = {name: value.view(count, -1).quantile(at, 1).mT.tolist() for name, value in values.items()}
     if example.problem == "spirals":
-        found["noise"] = {str(sd): _noisy_accuracy(network, pairs, sd) for sd in NOISE}
+        found["noise"] = {str(sd): noisy_accuracy(network, pairs, sd) for sd in NOISE}
     return found
-
-
-def jacobians(network: Chain, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, from the largest, of the Jacobians input -> last state and first -> last state, per row."""
-    with torch.enable_grad():
-        run = network(x.clone().requires_grad_())
-        first, last = run.states[0], run.states[-1]
-        columns = [torch.autograd.grad(last[:, i].sum(), first, retain_graph=True)[0] for i in range(last.shape[1])]
-    inner = torch.stack(columns, 1)
-    lift = network.lift.weight.detach().mT
-    whole = (inner.view(len(lift), -1, *inner.shape[1:]) @ lift[:, None]).flatten(0, 1)
-    return torch.linalg.svdvals(whole), torch.linalg.svdvals(inner)
-
-
-@torch.no_grad()
-def _noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float) -> list[float]:
-    draw, right = np.random.default_rng(0), []
-    for _ in range(_DRAWS if sd else 1):
-        noise = torch.tensor(draw.normal(0, sd, pairs.x.shape[1:]))
-        output = network((pairs.x + noise).flatten(0, 1)).output.view(pairs.y.shape)
-        right.append(((output > 0) == (pairs.y > 0.5)).double().mean((1, 2)))
-    return torch.stack(right).mean(0).tolist()
-
-
-@torch.no_grad()
-def _shifted_accuracy(network: nn.Module, members: int, by: float) -> list[float]:
-    x, y = map(torch.tensor, problems.two_arms(500))
-    outwards, right = x / x.norm(dim=1, keepdim=True), []
-    for shift in (by, -by):
-        output = network((x + shift * outwards).repeat(members, 1)).output.view(members, -1)
-        right.append(((output > 0) == (y[:, 0] > 0.5)).double().mean(1))
-    return torch.stack(right).mean(0).tolist()
-
-
-def truncation(example: Example, network: nn.Module | None = None) -> dict[str, list[float]]:
-    """How far the truncated gradient of the blocks' weights is from the exact one, on all training examples.
-
-    Args:
-        example: "sine" or "spirals".
-        network: Its members; None: with fresh weights.
-
-    Returns:
-        Per member: "error", |truncated - exact| / |exact|, and "cosine" of the two; 0 where the truncated one is 0.
-
-    Raises:
-        ValueError: If it is another example.
-
-    Source: P3 (Reshniak & Webster): what its code computes, where the text has the exact gradient.
-    """
-    if not example.turning:
-        raise ValueError(f"truncation is for 'sine' and 'spirals', not for {example.problem!r}")
-    weights, found = (network or example.network()).state_dict(), []
-    for param_grad in ("exact", "truncated"):
-        kind = replace(example, param_grad=param_grad)
-        given, (x, y) = kind.network(), kind.data().train
-        given.load_state_dict(weights)
-        _losses(kind, given(x.flatten(0, 1)), y.flatten(0, 1)).sum().backward()
-        found.append(torch.cat([p.grad.flatten(1) for p in given.blocks.parameters()], 1))
-    exact, truncated = found
-    error = (truncated - exact).norm(dim=1) / exact.norm(dim=1)
-    return {"error": error.tolist(), "cosine": torch.cosine_similarity(truncated, exact).tolist()}
