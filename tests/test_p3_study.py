@@ -319,6 +319,7 @@ def test_a_checkpoint_of_another_place_is_begun_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # 57 runs; minutes where other work is going on
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
     mine = {claim["id"].removeprefix("p3-"): claim["verdict"] for claim in reproduced("p3", tmp_path, workers=1)}
