@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
-from residuum.spectra import Operator, largest_singular_value, linearise
+from residuum.spectra import Operator, largest_singular_value, value_and_jacobian
 
 Estimate = Callable[[nn.Module, Tensor], tuple[float, int]]
 
@@ -64,7 +64,7 @@ def ours(products: int) -> Estimate:
         def counting(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda v: calls.append(0) or f(v)
 
-        _, operator = linearise(update.branch, h)
+        _, operator = value_and_jacobian(update.branch, h)
         operator = Operator(counting(operator.apply), counting(operator.adjoint), operator.domain)
         found, _ = largest_singular_value(operator, products=products)
         assert float(found.error) >= 0

@@ -198,7 +198,7 @@ def weighted(*layers: nn.Module, size: tuple = ()) -> Tensor:
         (lambda: spectrum_of(Theta(1.0), 0.0, 1.0, 1.2), "above -0, which no finite spectrum reaches"),
         (lambda: spectrum_of(Theta(0.5), -1.0, 0.0, 1.0), "for theta = 0.5 above -1"),
         (lambda: spectrum_of(Theta(), 0.5, 0.2, 1.0), "must be in this order"),
-        (lambda: spectrum_of(replace(Theta(), theta=0.0), 20.0, 25.0, 30.0), "low below high"),
+        (lambda: spectrum_of(replace(Theta(), theta=0.0), 20.0, 25.0, 30.0), "beyond the reach of 10"),
     ],
 )
 def test_what_is_wrong_is_refused(make, message: str) -> None:

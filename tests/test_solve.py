@@ -379,7 +379,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
             found = fixed_point(field(W, c), torch.zeros_like(c), Picard(TIGHT, steps), throw=False)
         alive.append(sum(ref() is not None for ref in saved))
-        assert found.evaluations == steps + 2
+        assert found.evaluations == steps + 3  # under hooks no evaluation of the solver itself is recorded
         del found
         assert sum(ref() is not None for ref in saved) == 0  # no cycle keeps the graph
     assert alive[0] == alive[1] > 0

@@ -17,10 +17,10 @@ from residuum.spectra import (
     guaranteed_norm,
     largest_singular_value,
     linear_part,
-    linearise,
     map_size,
     operator_norm,
     spectral_radius,
+    value_and_jacobian,
     widened,
 )
 
@@ -340,7 +340,7 @@ def test_jacobians_have_the_products_of_the_dense_one() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     h, v, u = (torch.randn(2, n).double() for n in (4, 4, 3))
     with torch.no_grad():
-        out, J = linearise(net, h)
+        out, J = value_and_jacobian(net, h)
         torch.testing.assert_close(out, net(h))
         assert not out.requires_grad
         for i in range(2):
@@ -356,9 +356,9 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.Linear(40, 60), nn.LayerNorm(60), nn.GELU(), nn.Linear(60, 30)).to(dtype)
     h = torch.randn(2, 40).to(dtype)
     with torch.no_grad():
-        out, J = linearise(lambda h: torch.cat([net(h), h[:, :1].to(net[0].weight.dtype)], 1), h)
+        out, J = value_and_jacobian(lambda h: torch.cat([net(h), h[:, :1].to(net[0].weight.dtype)], 1), h)
         single = deepcopy(net).float()
-        expected, K = linearise(lambda h: torch.cat([single(h), h[:, :1]], 1), h.float())
+        expected, K = value_and_jacobian(lambda h: torch.cat([single(h), h[:, :1]], 1), h.float())
         assert J.domain.dtype == out.dtype == widened(net)(h).dtype == torch.float32
         torch.testing.assert_close(out, expected)
         v, u = torch.randn(2, 40), torch.randn(2, 31)
@@ -371,9 +371,9 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_jacobians_of_constants_and_of_the_identity() -> None:
     h, bias = torch.randn(2, 3), torch.zeros(3, requires_grad=True)
     for constant in (lambda _: torch.ones(2, 3), lambda h: bias.expand(2, 3)):
-        _, J = linearise(constant, h)
+        _, J = value_and_jacobian(constant, h)
         assert not J.apply(h).any()
         assert not J.adjoint(h).any()
-    _, J = linearise(lambda h: h, h)
+    _, J = value_and_jacobian(lambda h: h, h)
     torch.testing.assert_close(J.apply(h), h)
     torch.testing.assert_close(J.adjoint(h), h)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from residuum.linear import Map
+from residuum.linear import Map, norms
 from residuum.solvers import transforms
 
 
@@ -178,8 +178,9 @@ def _cancel(total: Tensor, against: Tensor | None) -> bool:
     """Whether in every example what is left beside `against` is rounding."""
     if against is None:
         return False
-    left, whole = (torch.linalg.vector_norm(t.unsqueeze(-1).flatten(1), dim=1) for t in (total, against))
-    return bool((left <= torch.finfo(total.dtype).eps ** 0.5 * whole).all())
+    left, whole = (norms(t.unsqueeze(-1).flatten(1)) for t in (total, against))
+    lost = ~whole.isfinite()  # an example that was not solved
+    return bool((lost | (left <= torch.finfo(total.dtype).eps ** 0.5 * whole)).all())
 
 
 class _Twice(Function):

@@ -177,7 +177,7 @@ class Dense:
         progress = Progress(b, self.tol, most=_most(self.tol))
         progress.steps += n
         progress.note(b - torch.bmm(matrix, v[:, :, None])[:, :, 0], v)
-        return v * size, progress.record(n)
+        return _times(v, size), progress.record(n)
 
 
 class Progress:
@@ -191,16 +191,17 @@ class Progress:
         self.tol, self.most = tol, most
         self.active = x.new_ones(len(x), dtype=torch.bool)
         self.steps = x.new_zeros(len(x), dtype=torch.long)
-        self.residual = x.new_full((len(x),), math.inf)
+        self.residual = x.new_full((len(x),), math.inf, dtype=torch.float64)
         self.start: Tensor | None = None
 
     def note(self, g: Tensor, x: Tensor) -> int:
         """Take the residuals g at x down; how many rows are still at work."""
-        self.size, length = _norm(g), _norm(x)
+        self.size, length = norms(g), norms(x)
         seen = self.size
         if self.most < math.inf:  # where x is huge g may be 0 by rounding alone
             seen, length = seen.maximum(torch.finfo(x.dtype).eps * length), length.clamp_max(self.most)
-        self.residual = torch.where(self.active, seen / (1 + length), self.residual)
+        residual = (seen / (1 + length)).masked_fill(~length.isfinite(), math.inf)
+        self.residual = torch.where(self.active, residual, self.residual)
         self.start = self.residual if self.start is None else self.start
         self.active = self.active & (self.residual > self.tol) & (self.residual < math.inf)
         return int(self.active.sum())
@@ -214,8 +215,15 @@ class Progress:
         return Record(self.steps, self.residual, self.residual <= self.tol, evaluations, self.start)
 
 
-def _norm(x: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:
-    return torch.linalg.vector_norm(x, dim=1)
+def norms(x: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:
+    """The 2-norm of each row, in float64: also where the squares are beyond what the precision of x holds.
+
+    In float32 that is so for entries above 1e19 and below 1e-22, in float16 for rows longer than 65504.
+    """
+    size = torch.linalg.vector_norm(x, dim=1).double()
+    known = (size > torch.finfo(x.dtype).tiny ** 0.5) & (size < math.inf)
+    # Row by row: what a row gives must not depend on the others.
+    return size if known.all() else torch.where(known, size, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64))
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -224,10 +232,15 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled(b: Float[Tensor, "example n"]) -> tuple[Float[Tensor, "example n"], Float[Tensor, "example 1"]]:
-    """b with rows of length 1 and the lengths; rows of zeros stay, with length 1."""
-    size = _norm(b)[:, None]
+    """b with rows of length 1, and the lengths in float64; rows of zeros stay, with length 1."""
+    size = norms(b)[:, None]
     size = size.masked_fill(size == 0, 1)
-    return b / size, size
+    return _times(b, 1 / size), size
+
+
+def _times(b: Float[Tensor, "example n"], size: Float[Tensor, "example 1"]) -> Float[Tensor, "example n"]:
+    """b with rows that many times as long, in its own precision."""
+    return (b * size).to(b.dtype)
 
 
 def _most(tol: float) -> float:
@@ -241,7 +254,7 @@ def iterate_linear(
     """v <- b + A v, mixed as in `iterate`; b is scaled to length 1 meanwhile, so that the rule to stop is relative."""
     b, size = scaled(b)
     v, record = iterate(lambda v: b + A(v), b, tol=tol, max_steps=max_steps, memory=memory, most=_most(tol))
-    return v * size, record
+    return _times(v, size), record
 
 
 def iterate(
@@ -292,7 +305,7 @@ class Mixture:
         """Where to go from fx; fx itself in the rows that are not mixed, which leave no differences behind."""
         slot = step % self.gram.shape[1]  # not a count of calls: when others began must not change the order of sums
         dg = g - g_before
-        factor = (mixed / _norm(dg).clamp_min(1e-20))[:, None]
+        factor = (mixed / norms(dg).clamp_min(1e-20))[:, None].to(dg.dtype)
         torch.mul(dg, factor, out=self.dg[:, slot])
         torch.mul(fx - fx_before, factor, out=self.df[:, slot])
         self.gram[:, slot] = self.gram[:, :, slot] = _dot(self.dg, self.dg[:, slot, None]).double()
@@ -322,15 +335,15 @@ def _refine(cycle: Cycle, A: Map, b: Tensor, settings: LinearSolver) -> tuple[Te
         left = (settings.max_steps - progress.steps) * progress.active
         if not left.any():
             break
-        target = settings.tol * (1 + _norm(v).clamp_max(progress.most)) / scale[:, 0]
+        target = settings.tol * (1 + norms(v).clamp_max(progress.most)) / scale[:, 0]
         d, steps, used = cycle(A, r, target, left)
-        v = torch.addcmul(v, d, scale)
+        v = v + _times(d, scale)
         r = b + A(v) - v
         products += used + 1
         progress.steps += steps
         working = progress.note(r, v)
         r, scale = scaled(progress.kept(r)) if working else (r, scale)
-    return v * size, progress.record(products)
+    return _times(v, size), progress.record(products)
 
 
 def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -339,7 +352,7 @@ def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, 
     In the rows that A contracts well at once alpha = omega = 1 and p = r: there the recursion is the Neumann series.
     """
     image, active = A(r), left > 0
-    plain = _norm(image) <= MIXED_FROM * _norm(r)
+    plain = norms(image) <= MIXED_FROM * norms(r)
     if plain.all():
         return _neumann(A, r, image, target, left)
     plain = plain if plain.any() else None
@@ -350,7 +363,7 @@ def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, 
         alpha = _ratio(rho, _dot(shadow, q), active, plain)
         d = torch.addcmul(d, alpha, p)
         s = _either(plain, image, torch.addcmul(r, alpha, q, value=-1))
-        active = active & (_norm(s) > target) & (steps < left)
+        active = active & (norms(s) > target) & (steps < left)
         if not active.any():
             return d, steps, products
         image, steps, products = A(s), steps + active, products + 1
@@ -358,7 +371,7 @@ def _bicgstab(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, 
         omega = _ratio(_dot(t, s), _dot(t, t), active, plain)
         d = torch.addcmul(d, omega, s)
         r = _either(plain, image, torch.addcmul(s, omega, t, value=-1))
-        active = active & (_norm(r) > target) & (steps < left)
+        active = active & (norms(r) > target) & (steps < left)
         if not active.any():
             return d, steps, products
         last, rho = rho, _dot(shadow, r)
@@ -378,7 +391,7 @@ def _neumann(A: Map, r: Tensor, image: Tensor, target: Tensor, left: Tensor) -> 
     while True:
         d = torch.addcmul(d, active[:, None].to(d.dtype), r)
         r, steps = image, steps + active
-        active = active & (_norm(r) > target) & (steps < left)
+        active = active & (norms(r) > target) & (steps < left)
         if not active.any():
             return d, steps, products
         image, products = A(r), products + 1
@@ -396,9 +409,9 @@ def _ratio(a: Tensor, b: Tensor, active: Tensor, one: Tensor | None = None) -> F
 def _gmres(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Tensor, int]:
     """(I - A) d = r for the rows with steps left, over the Krylov space of that many steps."""
     rows, most = len(r), min(int(left.max()), r.shape[1])
-    size = _norm(r)
+    size = norms(r)
     basis = r.new_zeros(rows, most + 1, r.shape[1])
-    basis[:, 0] = r / size.masked_fill(size == 0, 1)[:, None]
+    basis[:, 0] = _times(r, 1 / size.masked_fill(size == 0, 1)[:, None])
     wide = {"dtype": torch.float64, "device": r.device}
     rotation = torch.eye(most + 1, **wide).repeat(rows, 1, 1)
     R, right = torch.eye(most, **wide).repeat(rows, 1, 1), torch.zeros(rows, most, **wide)
@@ -408,15 +421,15 @@ def _gmres(A: Map, r: Tensor, target: Tensor, left: Tensor) -> tuple[Tensor, Ten
             break
         w = basis[:, k] - A(basis[:, k])
         column = torch.zeros(rows, most + 1, **wide)
-        before = _norm(w)
+        before = norms(w)
         for _ in range(2):  # once leaves a part of the size of the rounding errors
             along = _dot(basis[:, : k + 1], w[:, None])
             w = w - torch.bmm(along[:, None], basis[:, : k + 1])[:, 0]
             column[:, : k + 1] += along
-        length = _norm(w)
+        length = norms(w)
         gone = length <= 32 * torch.finfo(w.dtype).eps * before
         column[:, k + 1] = length.masked_fill(gone, 0)
-        basis[:, k + 1] = w / length.masked_fill(gone, math.inf)[:, None]
+        basis[:, k + 1] = _times(w, 1 / length.masked_fill(gone, math.inf)[:, None])
         column = torch.bmm(rotation, column[:, :, None])[:, :, 0]
         top = torch.hypot(column[:, k], column[:, k + 1])
         usable = active & (top > 0) & top.isfinite()

@@ -7,25 +7,28 @@ applied to the second time; `f(y1) - J y1` with J held constant has the right fi
 backward pass that is differentiated itself walks that graph.
 """
 
+import dis
 import math
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from types import CodeType
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from residuum.derivatives import Maps, differentiable, no_vmap
+from residuum.graphs import applied
 from residuum.linear import GMRES, BiCGStab, Dense, LinearSolver, Map, Neumann, Record
 from residuum.solvers import (
     Anderson,
     GradientDescent,
-    Linearised,
     NewtonKrylov,
     Picard,
     Solver,
@@ -93,7 +96,8 @@ def fixed_point(
     answer is bitwise the same whatever the other rows hold, provided that f treats examples independently. Gradients
     reach all tensors that f captures (parameters, inputs), not x0. With v from `(I - J^T) v = g` the gradient is
     `(df/dp)^T v`; its error is proportional to the residual. Third derivatives are refused. `torch.func.grad`, `vjp`
-    and `jvp` work, `vmap` does not. Under autocast everything here runs in float32.
+    and `jvp` work, `vmap` does not. Under autocast everything here runs in float32 (float64 stays). Backward hooks of
+    modules in f see the vectors of the adjoint's solver, once per product.
 
     Args:
         f: The map. It must give the same result each time and change nothing.
@@ -116,13 +120,14 @@ def fixed_point(
     _check(f, x0)
     device = x0.device.type
     dtype = torch.float32 if torch.is_autocast_enabled(device) and x0.dtype != torch.float64 else x0.dtype
-    adjoint = adjoint or _companion(solver)
+    adjoint = adjoint or companion(solver)
     for used in (solver, adjoint):
         _check_tolerance(used, dtype)
     forward_mode = forward_ad._current_level >= 0
-    recording = torch.is_grad_enabled() and not transforms() and not forward_mode
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    recording = torch.is_grad_enabled() and not (transforms() or forward_mode or hooked)
     with torch.autocast(device, enabled=False):
-        with constant():
+        with constant(), _unseen() if hooked else nullcontext():
             x = x0.to(dtype, copy=True)
             rows = _Rows(x)
             map_ = _Recorded(f, rows, recording)
@@ -136,7 +141,16 @@ def fixed_point(
         return solution
 
 
-def _companion(solver: Solver) -> LinearSolver:
+def _unseen() -> AbstractContextManager[None]:
+    """Within it graphs go past the caller's hooks for saved tensors.
+
+    How many graphs a solve makes and drops depends on rounding; whoever saves tensors must not see that, or a block
+    that runs again is taken for another.
+    """
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def companion(solver: Solver) -> LinearSolver:
     """The linear solver that goes with a nonlinear one, with its tolerance."""
     if isinstance(solver, Picard):
         return Neumann(solver.tol, solver.max_steps)
@@ -180,7 +194,7 @@ class _Recorded:
         return self.rows.flat(self._checked(x))
 
     def _checked(self, x: Tensor) -> Tensor:
-        out = self.f(x)
+        out = applied(self.f, x)
         if not isinstance(out, Tensor):
             raise TypeError(f"fixed_point: f must give a tensor; it gave {type(out).__name__}")
         if out.shape != x.shape or out.dtype != x.dtype:
@@ -198,7 +212,7 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
     if at_y is None or f.at is not at:
         at_y = linearise(f.f, y)
         count += 1
-    if not _depends(at_y):
+    if at_y.leaf is not None and not forward_ad._current_level >= 0 and not depends(at_y.value, at_y.leaf):
         return replace(solution, evaluations=count)
 
     def inverse(product: Map, g: Tensor) -> Tensor:
@@ -218,16 +232,14 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
     return replace(solution, value=value, evaluations=count + 1)
 
 
-def _depends(at_y: Linearised) -> bool:
-    """Whether f(y) depends on more than its leaf; under forward mode and transforms it may."""
-    if at_y.leaf is None or forward_ad._current_level >= 0:
-        return True
-    seen, todo = set(), [at_y.value.grad_fn]
+def depends(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a value with a graph has derivatives in anything but this leaf."""
+    seen, todo = set(), [value.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if not node.next_functions and getattr(node, "variable", None) is not at_y.leaf:
+            if not node.next_functions and getattr(node, "variable", None) is not leaf:
                 return True
             todo += [after for after, _ in node.next_functions]
     return False
@@ -301,8 +313,13 @@ def _modules(f: object) -> Iterator[nn.Module]:
         with suppress(ValueError):  # a name that has no value yet
             held.append(cell.cell_contents)
     if code := getattr(f, "__code__", None):
-        known = f.__globals__
-        held += [known[name] for name in code.co_names if name in known]
+        held += [f.__globals__[name] for name in _globals_of(code) if name in f.__globals__]
     for thing in held:
         parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else (thing,)
         yield from (part for part in parts if isinstance(part, nn.Module))
+
+
+@cache
+def _globals_of(code: CodeType) -> list[str]:
+    """Names that a code takes from its globals; `co_names` has those of attributes as well."""
+    return sorted({step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"})

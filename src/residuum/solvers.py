@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
+from residuum.graphs import leaf, recorded
 from residuum.linear import GMRES, LinearSolver, Map, Progress, Record, check_settings, iterate, iterate_linear
 
 
@@ -197,23 +198,23 @@ def linearise(f: Map, x: Tensor) -> Linearised:
         _, pushed = vjp(lambda u: pulled(u)[0], torch.zeros_like(x))
         return Linearised(fx, lambda v: pulled(v)[0], lambda v: pushed(v)[0], None)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        fx = f(leaf)
+    with recorded():
+        at = leaf(x)
+        fx = f(at)
 
     def pull(v: Tensor) -> Tensor:
-        return torch.autograd.grad(fx, leaf, v, **options)[0] if fx.requires_grad else torch.zeros_like(v)
+        return torch.autograd.grad(fx, at, v, **options)[0] if fx.requires_grad else torch.zeros_like(v)
 
     @cache
-    def recorded() -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
+    def transposed() -> tuple[Tensor, Tensor]:
+        with recorded():
             u = torch.zeros_like(fx, requires_grad=True)
-            return torch.autograd.grad(fx, leaf, u, create_graph=True, **options)[0], u
+            return torch.autograd.grad(fx, at, u, create_graph=True, **options)[0], u
 
     def push(v: Tensor) -> Tensor:
         if not fx.requires_grad:
             return torch.zeros_like(v)
-        pulled, u = recorded()
+        pulled, u = transposed()
         return torch.autograd.grad(pulled, u, v, **options)[0] if pulled.requires_grad else torch.zeros_like(v)
 
-    return Linearised(fx, pull, push, leaf)
+    return Linearised(fx, pull, push, at)

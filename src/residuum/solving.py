@@ -21,7 +21,8 @@ class Effort:
     Attributes:
         solves: Batches that were solved.
         examples: Examples in them.
-        evaluations: Evaluations of f, or products with its Jacobian or the transpose, each of a whole batch.
+        evaluations: Evaluations of f, or products with its Jacobian or the transpose, each of a whole batch. Those that
+            rebuild gradients in a reversible stack do not count.
         steps: Steps of the solver, over the examples.
         residual: The largest at the end of a solve.
         contraction: Sum of the examples' contractions (see `summary`).

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
+from residuum.graphs import leaf, recorded
+
 Map = Callable[[Tensor], Tensor]
 _DENSE = 512  # entries of a map up to which a convolution is a dense matrix
 Kind = Literal["estimate from below", "estimate", "exact", "upper bound"]
@@ -57,7 +59,7 @@ class Operator:
     domain: Float[Tensor, " example *state"]
 
 
-def linearise(f: Map, h: Float[Tensor, " example *state"]) -> tuple[Tensor, Operator]:
+def value_and_jacobian(f: Map, h: Float[Tensor, " example *state"]) -> tuple[Tensor, Operator]:
     """The value of a map at a state, detached, and its Jacobian, one per example; from one forward.
 
     `A^T u` is a backward pass; `A v` is the derivative of `A^T u` in u, which is linear in u (double backward). Only
@@ -65,8 +67,8 @@ def linearise(f: Map, h: Float[Tensor, " example *state"]) -> tuple[Tensor, Oper
     can be differentiated twice. Below float32 the map is `widened`. It must treat examples independently, as blocks in
     eval mode do.
     """
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        h = in_float32(h.detach()).requires_grad_()
+    with recorded(), sdpa_kernel(SDPBackend.MATH):
+        h = leaf(in_float32(h.detach()))
         out = widened(f)(h)
         u = torch.zeros_like(out, requires_grad=True)
         pulled = _pull(out, h, u, create_graph=True)
@@ -119,7 +121,9 @@ def linear_part(module: nn.Module, size: tuple[int, ...] = ()) -> Operator:
     _check(module, size)
     width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     bias = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
-    return linearise(lambda v: functional_call(module, bias, (v,)), module.weight.new_zeros(1, width, *size))[1]
+    return value_and_jacobian(lambda v: functional_call(module, bias, (v,)), module.weight.new_zeros(1, width, *size))[
+        1
+    ]
 
 
 def operator_norm(
@@ -235,12 +239,10 @@ def chain_bound(layers: Iterable[nn.Module], size: tuple[int, ...] = ()) -> Norm
 
 
 def _layer_bound(layer: nn.Module, size: tuple[int, ...]) -> Norm | None:
-    works_as = type(layer).forward  # a class derived from torch's may do something else
-    if works_as is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward:
-        return guaranteed_norm(layer, size) if layer.padding_mode == "zeros" else None
-    if works_as is nn.Linear.forward:
-        return guaranteed_norm(layer)
-    if works_as is nn.BatchNorm2d.forward and not layer.training and layer.running_var is not None:
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        known = _works_as_torchs(layer) and getattr(layer, "padding_mode", "zeros") == "zeros"
+        return guaranteed_norm(layer, size) if known else None
+    if type(layer).forward is nn.BatchNorm2d.forward and not layer.training and layer.running_var is not None:
         return batch_norm_norm(layer)
     return Norm(torch.ones((), dtype=torch.float64), "exact") if type(layer) in (nn.ReLU, nn.Identity) else None
 
@@ -398,9 +400,21 @@ def _need(what: str, name: str, given: int, least: int) -> None:
         raise ValueError(f"{what}: {name} is {given}; at least {least} is needed")
 
 
+def _works_as_torchs(module: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a module does with its weight what torch's own class does; a derived class may do something else."""
+    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    names = ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",)
+    return all(getattr(getattr(module, name), "__func__", None) is getattr(kind, name) for name in names)
+
+
 def _check(module: nn.Module, size: tuple[int, ...]) -> None:
     if not isinstance(module, nn.Conv2d | nn.Linear):
         raise ValueError(f"norms are for nn.Conv2d and nn.Linear, given {type(module).__name__}")
+    if not _works_as_torchs(module):
+        raise ValueError(
+            f"norms are for nn.Conv2d and nn.Linear with torch's own forward; {type(module).__name__} has another, so "
+            "the norm of its weight says nothing about it"
+        )
     needed = 2 if isinstance(module, nn.Conv2d) else 0
     if len(size) != needed or min(size, default=1) < 1:
         what = "rows and columns of the map, such as (28, 28)" if needed else "()"

@@ -79,7 +79,8 @@ def spectrum_of(
         reach: What would be further away than this is clipped: dt lambda lies in [-reach, reach].
 
     Raises:
-        ValueError: If the three are not in this order, or low is not above -(1 - theta) / theta.
+        ValueError: If the three are not in this order, if low is not above -(1 - theta) / theta, or if clipping leaves
+            nothing between low and high.
 
     Source: P3 (Reshniak & Webster), extended version, with a reach of 10; von Neumann's inequality for what holds
     beyond eigenvalues.
@@ -92,6 +93,11 @@ def spectrum_of(
             f"{theta:g} above {least:g}, which no finite spectrum reaches"
         )
     z = inverse_amplification(np.array([low, middle, high]), theta=theta).clip(-reach, reach) / step.dt
+    if low < high and z[0] == z[2]:
+        raise ValueError(
+            f"spectrum_of: low {low} and high {high} both need dt lambda beyond the reach of {reach:g} and are one "
+            "after clipping; give a larger reach, or amplifications nearer to 1"
+        )
     return Spectrum(*map(float, sorted(z)), learned=learned)
 
 

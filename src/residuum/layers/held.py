@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 from torch.nn.utils import parametrize
+
+_REPLAYED: ContextVar[bool] = ContextVar("_REPLAYED", default=False)
 
 
 class Weights:
@@ -74,18 +77,37 @@ def parts(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+@contextmanager
+def replayed() -> Iterator[None]:
+    """Within it whoever inverts a block sees to random numbers, statistics and weights himself."""
+    token = _REPLAYED.set(True)
+    try:
+        yield
+    finally:
+        _REPLAYED.reset(token)
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module of torch's draws random numbers as it is: dropout, also of attention, and random slopes."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.training and module.p > 0
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.training and module.dropout > 0
+    return module.training and isinstance(module, nn.RReLU)
+
+
 def check_still(module: nn.Module) -> None:
     """Refuse to invert what is no longer what ran forwards.
 
     Raises:
         ValueError: If a parametrized weight keeps a state that each look changes: it has buffers, is in training mode,
-            and nothing holds it still; if dropout in training mode would draw other numbers; or if a norm in training
-            mode would count the batch again.
+            and no `cached()` holds it still; if dropout in training mode would draw other numbers; or if a norm in
+            training mode would count the batch again.
     """
-    if parametrize._cache_enabled:
+    if _REPLAYED.get():
         return
     for part in parts(module):
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p:
+        if draws(part):
             raise ValueError(
                 f"inverse: {type(part).__name__} in training mode draws other numbers than in the forward, which had "
                 "another function; use eval(), or reversible(), which draws them again"
@@ -96,7 +118,7 @@ def check_still(module: nn.Module) -> None:
                 "eval(), or reversible(), which counts each batch once"
             )
         for weight, chain in part._modules.get("parametrizations", {}).items():
-            if chain.training and next(chain.buffers(), None) is not None:
+            if not parametrize._cache_enabled and chain.training and next(chain.buffers(), None) is not None:
                 name = next(name for name, one in module.named_modules() if one is part)
                 raise ValueError(
                     f"inverse: {'.'.join(filter(None, (name, weight)))} changes each time it is used in training mode, "

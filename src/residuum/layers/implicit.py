@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from residuum.layers.replays import Key, Record, captured
 from residuum.layers.steps import ThetaBlock
-from residuum.solve import BiCGStab, ConvergenceError
+from residuum.solve import ConvergenceError, companion, depends
 from residuum.solve import Record as Solved
 
 _PULL: Key = (-2, 0)  # the product with the transposed Jacobian of f at its place in the equation
@@ -42,7 +42,8 @@ class LightRecord(Record):
         with torch.no_grad():
             solution = self.block.solve(h)
         y = solution.value
-        held = _Hold.apply(torch.zeros((), device=h.device, requires_grad=True), y)
+        door = torch.zeros((), device=h.device, requires_grad=True)
+        held = _Hold.apply(door, y)
         slots: dict[Key, Tensor] = {}
         if step.form == "midpoint":
             slopes = captured(f, torch.lerp(h, held, step.theta), 0, slots, give)[0]
@@ -52,6 +53,8 @@ class LightRecord(Record):
             if step.theta < 1:
                 side = torch.add(side, captured(f, h, 0, slots, give)[0], alpha=(1 - step.theta) * step.dt)
         slots.clear()
+        if not depends(side, door):
+            return y
         return _Solved.apply(side, y, lambda: give(_PULL), step, solution.adjoint)
 
     def back(self, y: Tensor, *, capture: bool = False) -> tuple[Tensor, dict[Key, Any] | None]:
@@ -107,7 +110,7 @@ class _Solved(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         pull, step = ctx.ask(), ctx.step
-        factor, linear = step.theta * step.dt, step.adjoint or BiCGStab(step.solver.tol)
+        factor, linear = step.theta * step.dt, step.adjoint or companion(step.solver)
         z, record = linear.invert(lambda v: factor * pull(v.view(g.shape)).flatten(1), g.flatten(1))
         ctx.records.append(record)
         ctx.records = []  # lets go of it: deep stacks of narrow states would keep more for records than for states

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from residuum.graphs import applied
 from residuum.layers.held import check_still, held
 from residuum.names import unknown
 
@@ -94,17 +95,17 @@ class Verlet:
         """The next two states."""
         f, g = branches
         part = self.dt if self.form == "symplectic" else self.dt / 2
-        p = torch.add(p, f(q), alpha=part)
-        q = torch.add(q, g(p), alpha=self.dt)
-        return (p, q) if self.form == "symplectic" else (torch.add(p, f(q), alpha=part), q)
+        p = torch.add(p, applied(f, q), alpha=part)
+        q = torch.add(q, applied(g, p), alpha=self.dt)
+        return (p, q) if self.form == "symplectic" else (torch.add(p, applied(f, q), alpha=part), q)
 
     def back(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The two states before."""
         f, g = branches
         part = self.dt if self.form == "symplectic" else self.dt / 2
-        p = p if self.form == "symplectic" else torch.sub(p, f(q), alpha=part)
-        q = torch.sub(q, g(p), alpha=self.dt)
-        return torch.sub(p, f(q), alpha=part), q
+        p = p if self.form == "symplectic" else torch.sub(p, applied(f, q), alpha=part)
+        q = torch.sub(q, applied(g, p), alpha=self.dt)
+        return torch.sub(p, applied(f, q), alpha=part), q
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ class Leapfrog:
 
     def forth(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The next two states."""
-        return q, torch.add(2 * q - p, branches[0](q), alpha=self.dt**2)
+        return q, torch.add(2 * q - p, applied(branches[0], q), alpha=self.dt**2)
 
     def back(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The two states before: the same formula."""
-        return torch.add(2 * p - q, branches[0](p), alpha=self.dt**2), p
+        return torch.add(2 * p - q, applied(branches[0], p), alpha=self.dt**2), p
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,11 @@ class Midpoint:
 
     def forth(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The next two states."""
-        return q, torch.add(p, branches[0](q), alpha=2 * self.dt)
+        return q, torch.add(p, applied(branches[0], q), alpha=2 * self.dt)
 
     def back(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The two states before."""
-        return torch.sub(q, branches[0](p), alpha=2 * self.dt), p
+        return torch.sub(q, applied(branches[0], p), alpha=2 * self.dt), p
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,13 @@ class Momentum:
 
     def forth(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The next two states."""
-        q = torch.add(self.gamma * q, branches[0](p), alpha=1 - self.gamma)
+        q = torch.add(self.gamma * q, applied(branches[0], p), alpha=1 - self.gamma)
         return p + q, q
 
     def back(self, p: Tensor, q: Tensor, branches: nn.ModuleList) -> tuple[Tensor, Tensor]:
         """The two states before."""
         p = p - q
-        return p, torch.sub(q, branches[0](p), alpha=1 - self.gamma) / self.gamma
+        return p, torch.sub(q, applied(branches[0], p), alpha=1 - self.gamma) / self.gamma
 
 
 def energy_drift(

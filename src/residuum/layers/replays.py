@@ -1,7 +1,8 @@
 """What a block did in a forward, kept without its tensors, and doing it again: same random numbers, no new statistics.
 
 A *call* is one call of a module that the block holds, from the outside (a branch), in one forward of the block. Tensors
-that the gradient needs have a *key*: the number of the call, -1 outside of all, and their number in it.
+that the gradient needs have a *key*: the number of the call, -1 outside of all, and their number in it. Only calls from
+which the gradient needs something are numbered: how many others a solver makes depends on rounding.
 """
 
 from collections import defaultdict
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from residuum.layers.held import parts
+from residuum.layers.held import parts, replayed
 
 Key = tuple[int, int]
 RandomState = tuple[Tensor, ...]
@@ -30,12 +31,14 @@ class Call:
         needs: Whether its argument required gradient; None if it was called with anything but one tensor.
         random: The random state after the call before it, or before the block, if it drew numbers.
         saved: How many tensors its gradient needs.
+        number: Among the calls of which the gradient needs something; -1 if this is none of them.
     """
 
     module: nn.Module
     needs: bool | None
     random: RandomState | None = None
     saved: int = 0
+    number: int = -1
 
 
 class Record:
@@ -64,6 +67,11 @@ class Record:
     def saved(self) -> int:
         """How many tensors the block's gradient needs."""
         return self.loose + sum(call.saved for call in self.calls)
+
+    @property
+    def shape(self) -> list[int]:
+        """How many tensors the gradient needs from outside of all calls, and from each call that is numbered."""
+        return [self.loose, *(call.saved for call in self.calls if call.saved)]
 
     def run(self, h: Tensor, kept: dict[Key, Any], give: Callable[[Key], Any]) -> Tensor:
         """The block's forward.
@@ -99,7 +107,8 @@ class Record:
         def pack(tensor: Tensor) -> Any:
             if inside:
                 call = inside[0]
-                key = len(self.calls) - 1, call.saved
+                call.number = call.number if call.saved else sum(one.saved > 0 for one in self.calls)
+                key = call.number, call.saved
                 call.saved += 1
             else:
                 key = -1, self.loose
@@ -146,7 +155,7 @@ class Record:
             if self.random:
                 set_random_state(self.random, self.device)
             after = twin.run(x.detach().requires_grad_(self.needs), kept, _gone)
-        if [call.saved for call in twin.calls] != [call.saved for call in self.calls] or twin.loose != self.loose:
+        if twin.shape != self.shape:
             raise RuntimeError(
                 f"reversible: {type(self.block).__name__} computes something else when its forward runs again; what it "
                 "computes may depend on its state, its weights, its buffers and torch's random numbers only"
@@ -195,7 +204,7 @@ class Record:
                 if not capture or strange or call.needs is None:
                     return plain(*args, **kwargs)
                 x = args[0].detach().requires_grad_(call.needs)
-                output, counts[number] = captured(plain, x, number, kept)
+                output, counts[number] = captured(plain, x, call.number, kept)
                 return output.detach()
             finally:
                 inside.clear()
@@ -224,7 +233,7 @@ class Record:
                 for name, buffer in buffers.items():
                     if buffer is not None:
                         module._buffers[name] = before.get((id(module), name), buffer).clone()
-            with self.autocast():
+            with self.autocast(), replayed():
                 yield
         finally:
             for module, buffers in own:

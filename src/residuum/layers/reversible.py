@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from residuum.layers.held import Weights
 from residuum.layers.implicit import LightRecord, is_light
 from residuum.layers.replays import Key, Record
+from residuum.linear import norms
 
 State = Float[Tensor, "example *shape"]
 SPACING = 20
@@ -284,7 +285,7 @@ class _Errors:
 
 def _sizes(h: Tensor) -> Tensor:
     """The norm of each example, in a shape that divides the state."""
-    return h.flatten(1).norm(dim=1).reshape(-1, *(1,) * (h.dim() - 1)) if h.dim() > 1 else h.abs()
+    return norms(h.flatten(1)).reshape(-1, *(1,) * (h.dim() - 1)) if h.dim() > 1 else h.abs()
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-from residuum.layers.held import check_still, held
+from residuum.graphs import applied
+from residuum.layers.held import check_still, draws, held
 from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
 from residuum.linear import GMRES, LinearSolver
 from residuum.names import unknown
 from residuum.solve import Solution, fixed_point, of_the_batch
-from residuum.solvers import Anderson, Solver
-from residuum.spectra import linearise
+from residuum.solvers import Anderson, Solver, constant, linearise
 
 _FORMS, _STARTS, _GRADIENTS = ("two_point", "midpoint"), ("state", "euler", "linearised"), ("exact", "truncated")
 
@@ -56,7 +57,7 @@ class ExplicitBlock(nn.Module):
 
     def forward(self, h: State) -> State:
         """The next state."""
-        return torch.add(h, self.branch(h), alpha=self.step.dt)
+        return torch.add(h, applied(self.branch, h), alpha=self.step.dt)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class ThetaBlock(nn.Module):
 def _theta_step(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solution:
     theta, dt = step.theta, step.dt
     if theta == 0:
-        return _solved(torch.add(h, branch(h), alpha=dt))
+        return _solved(torch.add(h, applied(branch, h), alpha=dt))
     check_pure(branch)
     if step.param_grad == "truncated" and any(map(parametrize.is_parametrized, branch.modules())):
         raise ValueError("param_grad 'truncated' needs a branch of plain weights; this one has parametrized ones")
@@ -169,7 +170,7 @@ def _theta_step(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solut
 def _solved_theta(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solution:
     theta, dt = step.theta, step.dt
     inner = _without_gradients(branch) if step.param_grad == "truncated" else branch
-    slope = branch(h) if theta < 1 and step.form == "two_point" else None
+    slope = applied(branch, h) if theta < 1 and step.form == "two_point" else None
     known = h if slope is None else torch.add(h, slope, alpha=(1 - theta) * dt)
 
     def two_point(y: Tensor) -> Tensor:
@@ -188,17 +189,18 @@ def _start(step: Theta, branch: nn.Module, h: Tensor, slope: Tensor | None) -> t
     """Where the solver begins, and evaluations of f or its Jacobian for it; nothing is differentiated through it."""
     if step.start == "state":
         return h, 0
-    if step.start == "linearised":
-        slope, jacobian = linearise(branch, h)
+    with constant():
+        if step.start == "linearised":
+            with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
+                at_h = linearise(branch, h)
 
-        def product(v: Tensor) -> Tensor:
-            return step.theta * step.dt * jacobian.apply(v.view_as(h)).flatten(1)
+                def product(v: Tensor) -> Tensor:
+                    return step.theta * step.dt * at_h.push(v.view_as(h)).flatten(1)
 
-        move, record = GMRES().invert(product, step.dt * slope.flatten(1))
-        return h.detach() + move.view_as(h), 1 + record.evaluations
-    with torch.no_grad():
+                move, record = GMRES().invert(product, step.dt * at_h.value.detach().flatten(1))
+            return h + move.view_as(h), 1 + record.evaluations
         known = slope is not None
-        return torch.add(h, slope if known else branch(h), alpha=step.dt), 0 if known else 1
+        return torch.add(h, slope if known else applied(branch, h), alpha=step.dt), 0 if known else 1
 
 
 def _without_gradients(branch: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -278,8 +280,7 @@ class RungeKuttaBlock(nn.Module):
             ConvergenceError: With throw, if some example was not solved.
             ValueError: If a branch in a solve is not one function of each example, or channels cannot be halved.
         """
-        with held(self.branches):
-            return _runge_kutta_step(self.step, self.branches, h, throw)
+        return _runge_kutta_step(self.step, self.branches, h, throw)
 
     def inverse(self, h: State) -> State:
         """The state before the one that is given, by the adjoint method with -dt.
@@ -289,8 +290,7 @@ class RungeKuttaBlock(nn.Module):
             ValueError: If weights of a branch are limited and in training mode, so that each use changes them.
         """
         check_still(self.branches)
-        with held(self.branches):
-            return _runge_kutta_step(self.step.inverse, self.branches, h, throw=True).value
+        return _runge_kutta_step(self.step.inverse, self.branches, h, throw=True).value
 
 
 def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, throw: bool) -> Solution:
@@ -304,10 +304,13 @@ def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, thro
     if sequence is None:
         for branch in branches:
             check_pure(branch)
-        solution = _solved_slopes(step, branches, tuple(map(_wide, starts)), needs, throw)
+        wide = tuple(map(_wide, starts))
+        with torch.autocast(h.device.type, enabled=False), held(branches):
+            solution = _solved_slopes(step, branches, wide, needs, throw)
         slopes = solution.value.unbind(1)
     else:
-        slopes = _slopes_in_turn(sequence, step.dt, branches, starts, needs)
+        with held(branches):
+            slopes = _slopes_in_turn(sequence, step.dt, branches, starts, needs)
         solution = _solved(h, evaluations=len(sequence))
     moved = []
     for p, (part, tableau) in enumerate(zip(parts, tableaus, strict=True)):
@@ -351,7 +354,7 @@ def _slopes_in_turn(
         stage = starts[part]
         for j, slope in slopes.items():
             stage = torch.add(stage, slope, alpha=dt * needs[i][j]) if needs[i][j] else stage
-        slopes[i] = branches[part](stage)
+        slopes[i] = applied(branches[part], stage)
     return [slopes[i] for i in range(len(needs))]
 
 
@@ -376,8 +379,8 @@ def _solved_slopes(
 
 
 def _wide(h: Tensor) -> Tensor:
-    """Under autocast the state in float32, as all of a solve is."""
-    return h.float() if torch.is_autocast_enabled(h.device.type) else h
+    """Under autocast the state in float32, as all of a solve is; float64 stays."""
+    return h.float() if torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64 else h
 
 
 def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:
@@ -410,7 +413,7 @@ def check_pure(branch: nn.Module, what: str = "a solve") -> None:
                 f"{what} cannot run {name or 'its branch'}, {type(module).__name__} with statistics of the batch: "
                 "each evaluation would have its own; use group norm or none, or eval()"
             )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
+        if draws(module):
             raise ValueError(
                 f"{what} cannot run {name or 'its branch'}, {type(module).__name__} in training mode: each evaluation "
                 "would be another function; use it outside of the branch"

@@ -16,8 +16,8 @@ from residuum.spectra import (
     chain_bound,
     in_float32,
     largest_singular_value,
-    linearise,
     spectral_radius,
+    value_and_jacobian,
     widened,
 )
 from residuum.streams import Block, Stream
@@ -77,7 +77,7 @@ def lipschitz(stream: Stream, target: Tensor | None, *, products: int = 30, seed
         h = stream.input
         for s, section in enumerate(stream.sections):
             if s:
-                growth.append(look.largest(linearise(section.entry, h)[1])[0].value)
+                growth.append(look.largest(value_and_jacobian(section.entry, h)[1])[0].value)
             h = section.entry(h)
             points["log_tail_product"].append(Point(s, 0))
             for i, block in enumerate(section.blocks):
@@ -138,7 +138,7 @@ class _Look:
 
 def jacobians(block: Block, h: Float[Tensor, " example *state"]) -> tuple[Operator, Operator]:
     """The Jacobians of a block's update and of the block, from one forward."""
-    _, given = linearise(block.apply if block.branch is None else block.branch, h)
+    _, given = value_and_jacobian(block.apply if block.branch is None else block.branch, h)
     sign = -1 if block.branch is None else 1  # what is left to add: the update, or the block
     other = Operator(lambda v: given.apply(v) + sign * v, lambda v: given.adjoint(v) + sign * v, given.domain)
     return (other, given) if block.branch is None else (given, other)
@@ -210,7 +210,8 @@ def settling(
     if steps < 1:
         raise ValueError(f"settling needs at least 1 further step, given {steps}")
     with torch.no_grad():
-        *_, last = stream.walk()
+        for last in stream.walk():  # noqa: B007 - to its end, without keeping the steps
+            pass
         block, h = stream.sections[last.section].blocks[last.index], in_float32(last.after)
         block = replace(block, apply=widened(block.apply), branch=block.branch and widened(block.branch))
         found = spectral_radius(counted(jacobians(block, h)[1], stream.mask), products=products, seed=seed)

@@ -6,11 +6,13 @@ Nothing is shared by the members but the evaluations, which cost a few small ten
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 from torch.nn.utils import parametrize
 
 from residuum.layers.branches import activation_of
@@ -105,12 +107,26 @@ class Turning(nn.Module):
         return (slope > 0).to(slope) if self.activation == "relu" else torch.ones_like(slope)
 
 
+class _Inverted(Function):
+    """matrix^-1 gap per row, with the matrix held constant, which makes second derivatives wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, gap: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(*(factors := torch.linalg.lu_factor_ex(matrix)[:2]))
+        return torch.linalg.lu_solve(*factors, gap[:, :, None])[:, :, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return torch.linalg.lu_solve(*ctx.saved_tensors, g[:, :, None], adjoint=True)[:, :, 0], None
+
+
 class DirectTheta(nn.Module):
     """The block of a two-point `Theta` step on `Turning`, by Newton's method with the branch's own Jacobian.
 
     Full steps first; the rows that they miss are solved by damped ones. For states of a few entries; what `Theta` does
     with a general solver takes ten times as long there. Gradients are those of the equation: the last Newton step is
-    differentiated with its matrix held constant.
+    differentiated with its matrix held constant, which is right once; second derivatives are refused.
 
     Args:
         step: The step; of its solver the tolerance and `max_steps` count.
@@ -139,8 +155,8 @@ class DirectTheta(nn.Module):
             truncated = self.step.param_grad == "truncated"
             slope = f.slope(y, turn) if truncated else None
         gap = torch.add(known, f.slope(y, turn) if slope is None else slope, alpha=inner) - y
-        value = y + torch.linalg.solve_ex(matrix, gap)[0]
-        return Solution(value, steps, residual, residual <= self.step.solver.tol, int(steps.max()) + 3)
+        value = y + _Inverted.apply(gap, matrix)
+        return Solution(value, steps, residual, residual <= self.step.solver.tol, max(steps.tolist(), default=0) + 3)
 
     def _newton(self, y: Tensor, known: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The solution, the matrix I - theta dt J there, steps and residuals per row."""
