@@ -159,3 +159,13 @@ def test_bad_input_is_refused() -> None:
             compare(x, x, **wrong)
     with pytest.raises(ValueError, match="no batches given"):
         collect([])
+
+
+def test_ranks_do_not_depend_on_the_unit_and_rounding_is_no_order() -> None:
+    x = torch.randn(6, 5).double()
+    points, depth = (Point(0, 0),), (0.0,)
+    one, two = States((x,), points, depth), States((1e13 * x,), points, depth)
+    assert compare(one, two, method="spearman", distance="euclidean").matrix.item() == pytest.approx(1)
+    equal = States((torch.eye(6).double() * 0.1 + 1e-17 * x[:, :1],), points, depth)
+    for method in ("pearson", "spearman"):
+        assert compare(equal, one, method=method, distance="euclidean").matrix.isnan().all()

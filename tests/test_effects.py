@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from residuum.draws import means_of_draws
 from residuum.effects import Effect, mean_over, over_examples, paired, share, slope
 
 NUMBERS = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=8)
@@ -101,3 +103,15 @@ def test_shares_have_the_exact_interval(count: int, n: int) -> None:
 def test_effects_say_over_what() -> None:
     assert str(Effect(1.0, 0.5, 1.5, 3, "seeds")) == "1 [0.5, 1.5] (95% over 3 seeds)"
     assert str(Effect(math.nan, 0.0, 1.0, 3, "seeds")) == "undefined"
+
+
+def test_infinite_values_are_infinite_means() -> None:
+    """They would be the largest number, whose differences are 0 or finite."""
+    rows = np.array([[np.inf, np.inf], [1.0, 5.0], [1.0, 6.0], [1.0, 7.0]])
+    assert math.isnan(over_examples(rows, lambda m: m[0] - m[1]).value)
+    assert over_examples(rows[:, :1], lambda m: m[0]).value == math.inf
+    assert "without an interval" in str(over_examples(rows[:, :1], lambda m: m[0]))
+    table = torch.tensor([[1.0, np.inf, -np.inf, np.nan], [3.0, 1.0, np.inf, np.nan]])
+    means = means_of_draws(table, torch.tensor([[1, 1], [0, 2]]))
+    expected = torch.tensor([[2.0, np.inf, np.nan, np.nan], [3.0, 1.0, np.inf, np.nan]], dtype=torch.float64)
+    torch.testing.assert_close(means, expected, equal_nan=True)

@@ -13,6 +13,7 @@ from residuum.cutting import cut
 from residuum.models import ResNet, ResNetConfig
 from residuum.probes import readouts
 from residuum.probes.gradient import gradients, loss_changes
+from residuum.probes.readout import Reader
 from residuum.profiles import Point, profile
 from residuum.streams import Block, Section, Stream
 
@@ -232,3 +233,45 @@ def test_bad_requests_are_refused() -> None:
     dead = Stream(stream.input, stream.sections, lambda h: (h @ torch.ones(6, 3)).detach())
     with pytest.raises(ValueError, match="cannot be differentiated"):
         gradients()(dead, labels)
+
+
+@pytest.mark.parametrize("margin", [1.0, 12.0, 17.0, 40.0, 80.0])
+def test_the_gradient_of_a_certain_answer_keeps_its_direction(margin: float) -> None:
+    """In float32 `p - 1` has no digits left there, and above 17 nats it is 0."""
+    target = torch.tensor([0])
+    several = torch.tensor([[1.0, 0.0, 0.0]])
+    for labels in (target, several):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            z = torch.tensor([[margin, 0.0, -1.0]], dtype=dtype, requires_grad=True)
+            loss = Reader.of(z, labels, None)(z)[1]["loss"]
+            found.append(torch.autograd.grad(loss.sum(), z)[0].double())
+        ours, exact = (g / g.norm() for g in found)
+        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy() -> None:
+    z, target = 5 * torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 2, 1])
+    z[5, 1] = -torch.inf  # an impossible class that is the answer
+    z[0, 1:3] = -torch.inf
+    loss = Reader.of(z, target, None)(z)[1]["loss"]
+    expected = nn.functional.cross_entropy(z, target, reduction="none")
+    torch.testing.assert_close(loss[:5], expected[:5])
+    assert loss[5] == torch.inf
+    ones = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    z = torch.tensor([[3.0, -torch.inf], [1.0, -2.0]])  # impossible and rightly so
+    several = Reader.of(z, ones, None)(z)[1]["loss"]
+    torch.testing.assert_close(several[0], nn.functional.softplus(torch.tensor(-3.0)) / 2)
+
+
+def test_cosines_of_tiny_gradients_are_as_in_float64() -> None:
+    """Squares of what is left of the gradient of an answer that is certain by 60 nats are 0 in float32."""
+    model, x = ResNet(ResNetConfig((2,), (4,), 1), seed=1).eval(), torch.randn(6, 1, 8, 8)
+    with torch.no_grad():
+        target = model(x).argmax(1)
+        model.dense.weight *= 60 / (model(x).topk(2).values @ torch.tensor([1.0, -1.0])).min()
+    found = [
+        gradients()(cut(copy.deepcopy(model).to(dtype), x.to(dtype)), target)["gradient_cosine"].values.double()
+        for dtype in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(*found, atol=1e-3, rtol=0)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from residuum.cutting import cut, cut_all
+from residuum.models import Residual, ResNet, ResNetConfig
 from residuum.schedules import drop
-from residuum.streams import Stream
+from residuum.streams import Block, Section, Stream
 from surgery import outcome
 
 
@@ -371,3 +372,50 @@ def test_a_parametrized_block_is_found() -> None:
 
     model, x = Parametrized().eval(), torch.randn(5, 4)
     honest(model, cut(model, x), x)
+
+
+def test_a_norm_that_mixes_the_examples_of_a_batch_is_refused() -> None:
+    class Mixing(Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6, track_running_stats=False)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + torch.tanh(self.inner(self.norm(h)))
+
+    class Batch(Net):
+        kind = Mixing
+
+    with pytest.raises(ValueError, match="without running statistics"):
+        cut(Batch().eval(), torch.randn(8, 4))
+
+
+def test_a_block_of_ours_that_is_not_h_plus_its_branch_is_measured_as_it_runs() -> None:
+    class Scaled(Residual):
+        def forward(self, h: Tensor) -> Tensor:
+            return self.skip(h) + 0.1 * self.branch(h)
+
+    model, x = ResNet(ResNetConfig((2,), (4,), 1)).eval(), torch.randn(3, 1, 8, 8)
+    model.sections[0][1].__class__ = Scaled
+    stream = cut(model, x)
+    for step in stream.walk():
+        block = stream.sections[0].blocks[step.index]
+        torch.testing.assert_close(step.after, block(step.before))
+        assert step.own_branch == (step.index == 0)
+
+
+def test_a_users_branch_must_be_what_the_block_adds() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = Cell(), nn.Linear(6, 3)
+
+        def cut(self, x: Tensor) -> Stream:
+            block = Block("cell", self.cell, lambda h: 2 * (self.cell(h) - h))
+            return Stream(x, (Section("cells", lambda x: x, (block,)),), self.head)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x))
+
+    with pytest.raises(ValueError, match=r'block "cell" is not h \+ its branch'):
+        cut(Wrong().eval(), torch.randn(2, 6))

@@ -178,3 +178,37 @@ def test_without_calibration_the_states_explode() -> None:
     images = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     raw = indices(profile(ResNet(config).eval(), [(images, None)], [passive(perturbation)]))
     assert raw["mean_scaled_perturbation"]["network"] > 1.5 * null_theory((8,))[0].scaled_distance / 8
+
+
+def test_a_parent_has_the_last_word_on_its_parts() -> None:
+    """`nn.MultiheadAttention` sets its projection's bias to 0, which the projection itself would draw."""
+
+    class Zeroed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            nn.init.zeros_(self.linear.weight)
+
+    null = null_model(nn.Sequential(Zeroed()), [], seed=0)[0]
+    assert not null.linear.weight.any()
+    assert not null.attention.out_proj.bias.any()
+
+
+def test_dropout_inside_of_a_norm_stays_off_and_instance_norms_are_refused() -> None:
+    class Dropping(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.drop = nn.Dropout(0.9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(super().forward(x))
+
+    model, x = nn.Sequential(Dropping(), nn.BatchNorm1d(4)).eval(), torch.randn(200, 4)
+    calibrate_(model, [(x, None)])
+    torch.testing.assert_close(model[1].running_var, torch.ones(4), rtol=0.05, atol=0.05)
+    with pytest.raises(NoNullModel, match="InstanceNorm"):
+        calibrate_(nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True)), [(x, None)])

@@ -104,9 +104,12 @@ def unrolled_loss(table: Table, lengths: Lengths, exploded: int | None) -> str:
         )
     scale, steps = _last_steps(table, lengths, "loss")
     end = max(steps)
-    word = "rises" if steps[end].mean > steps[0].mean else "falls"
+    first, last = number(steps[0].mean), number(steps[end].mean)
     how = "" if scale == "1" else f" of {scale} times their size"
-    return f"Over {end} extra steps{how} the loss {word} from {number(steps[0].mean)} to {number(steps[end].mean)}"
+    if first == last:
+        return f"Over {end} extra steps{how} the loss stays at {first}"
+    word = "rises" if steps[end].mean > steps[0].mean else "falls"
+    return f"Over {end} extra steps{how} the loss {word} from {first} to {last}"
 
 
 def expected(first_order: dict[Any, Value], true: dict[Any, Value]) -> str:
@@ -154,7 +157,7 @@ def bracket(table: Table) -> str:
     values, bounds = table["update_lipschitz"], table.get("update_lipschitz_bound", {})
     small = sum(value.mean < 1 for value in values.values())
     most = max(value.mean for value in values.values())
-    text = f"Updates stretch small changes up to {number(most)} times; {small} of {len(values)} shrink all, by estimate"
+    text = f"Updates stretch small changes up to {number(most)} times; {small} of {len(values)} shrink them, on average"
     if not bounds:
         return f"{text}, no upper bound is known"
     proved = sum(value.mean < 1 for value in bounds.values())

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
+from residuum.draws import means_of_draws
 from residuum.probes.passive import ratio
 from residuum.profiles import Profile
 
@@ -202,10 +203,8 @@ class _Sample:
         return self.means_of(self.profile.measures[name].values)
 
     def means_of(self, values: Float[Tensor, "example point"]) -> Float64[Tensor, "draw point"]:
-        known, filled = (~values.isnan()).double(), values.double().nan_to_num(0.0)
         size = max(1, _ENTRIES_AT_ONCE // max(1, len(values)))
-        few = (times.double() for times in self.times.split(size))
-        return torch.cat([(times @ filled) / (times @ known) for times in few])
+        return torch.cat([means_of_draws(values, times) for times in self.times.split(size)])
 
     def by_section(
         self, name: str, table: Float64[Tensor, "draw point"], *, first: int = 0

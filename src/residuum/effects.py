@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
+
+from residuum.draws import means_of_draws
 
 LEVEL = 0.95
 
@@ -34,7 +37,8 @@ class Effect:
         if math.isnan(self.value):
             return "undefined"
         if not math.isfinite(self.high - self.low):
-            return f"{self.value:.4g} ({self.n} {self.over}, too few for an interval)"
+            why = "too few for an interval" if math.isfinite(self.value) else "without an interval"
+            return f"{self.value:.4g} ({self.n} {self.over}, {why})"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] ({self.level:.0%} over {self.n} {self.over})"
 
     def describe(self) -> dict[str, float | int | str | None]:
@@ -140,15 +144,16 @@ def over_examples(
         example its interval is everything.
     """
     generator, n = np.random.default_rng(seed), len(values)
-    known, filled = ~np.isnan(values), np.nan_to_num(values)
+    table = torch.from_numpy(np.asarray(values, dtype=float))
 
     def of(times: np.ndarray) -> float:
         with np.errstate(invalid="ignore"):
-            return statistic((times @ filled) / (times @ known))
+            return statistic(means_of_draws(table, torch.from_numpy(times)[None])[0].numpy())
 
     found = [of(np.bincount(generator.integers(n, size=n), minlength=n).astype(float)) for _ in range(draws)]
     tail = (1 - level) / 2
-    low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
+    with np.errstate(invalid="ignore"):  # between two infinite draws
+        low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
     return Effect(of(np.ones(n)), float(low), float(high), n, "examples", level)
 
 

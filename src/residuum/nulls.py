@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from residuum.calls import call_model, cuda_devices
@@ -38,10 +39,13 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
 
     Raises:
         ValueError: If there are statistics to set and no batches.
+        NoNullModel: If an InstanceNorm has running statistics.
 
     Source: ours. Fresh statistics are 0 and 1, so that batch norm would do nothing in eval mode and the states of deep
     networks would explode; the papers do not say how they measure at initialisation.
     """
+    if any(isinstance(m, _InstanceNorm) and m.running_mean is not None for m in model.modules()):
+        raise NoNullModel("calibrate_: torch does not average statistics of InstanceNorm; track_running_stats=False")
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
     if not norms:
         return 0
@@ -67,7 +71,7 @@ def _pass(model: nn.Module, norms: Sequence[nn.Module], batches: Iterable[tuple[
         with torch.no_grad(), held(model):
             for module in norms:
                 module.reset_running_stats()
-                module.train()
+                module.training = True  # not train(), which would reach dropout inside of it
                 module.momentum = None
             for x, _ in batches:
                 call_model(model, x)
@@ -96,6 +100,7 @@ def recalibrated(
 
     Raises:
         ValueError: If there are statistics to set and no batches.
+        NoNullModel: If an InstanceNorm has running statistics.
 
     Source: ours, a diagnostic of the overfitting that P1 (Jastrzebski et al. 2018), section 4.5, reports of shared
     networks.
@@ -155,7 +160,7 @@ def _reset(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-        for module in model.modules():
+        for module in reversed(list(model.modules())):  # parents last: they may change what their parts have
             # MultiheadAttention and Transformer have theirs with an underscore.
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is not None:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
 from residuum.cutting import cut_all
+from residuum.draws import means_of_draws
 from residuum.files import read_tensors, write_tensors
 from residuum.names import one_line
 from residuum.streams import Stream
@@ -106,10 +107,14 @@ class Profile:
         return (~self._measure(name).values.isnan()).sum(0)
 
     def stderr(self, name: str) -> Float64[Tensor, " point"]:
-        """Standard error of the mean at each point, `s / sqrt(n)` with n - 1 in s; nan for fewer than two examples."""
+        """Standard error of the mean at each point, `s / sqrt(n)` with n - 1 in s.
+
+        nan for fewer than two examples, and where the mean is not finite.
+        """
         n = self.count(name).double()
-        squares = (self._measure(name).values.double() - self.mean(name)).square().nansum(0)
-        return (squares / ((n - 1) * n).masked_fill(n < 2, torch.nan)).sqrt()
+        mean = self.mean(name)
+        squares = (self._measure(name).values.double() - mean).square().nansum(0)
+        return (squares / ((n - 1) * n).masked_fill((n < 2) | ~mean.isfinite(), torch.nan)).sqrt()
 
     def interval(
         self, name: str, *, level: float = 0.95, draws: int = 1000, seed: int = 0
@@ -123,20 +128,20 @@ class Profile:
             seed: Seed of the draws.
 
         Returns:
-            Lower and upper end; nan where no example has a value.
+            Lower and upper end; nan where no example has a value, infinite where draws are.
         """
         if not 0 < level < 1 or draws < 1:
             raise ValueError(f"interval: level must be between 0 and 1 and draws at least 1; given {level} and {draws}")
         values = self._measure(name).values.double()
-        known, filled, n = (~values.isnan()).double(), values.nan_to_num(0.0), len(values)
+        n = len(values)
         if not n:
             return self.mean(name), self.mean(name)
         generator = torch.Generator().manual_seed(seed)
         means = []
         for _ in range(draws):
             # Times that each example is drawn; a product with the table is faster than gathering its rows.
-            times = torch.randint(n, (n,), generator=generator).bincount(minlength=n).double()
-            means.append((times @ filled) / (times @ known))
+            times = torch.randint(n, (n,), generator=generator).bincount(minlength=n)
+            means.append(means_of_draws(values, times[None])[0])
         tail = (1 - level) / 2
         low, high = torch.stack(means).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
         return low, high

@@ -78,13 +78,15 @@ def number(value: float | int) -> str:
     """Three significant digits, without an exponent where that is readable."""
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.2e}".replace("-", "\u2212")
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
     return text.replace("-", "\u2212")
 
 
 def with_error(value: Value) -> str:
     """A mean to the last digit that its standard error leaves: 1.1312, 0.0181 -> "1.131 ± 0.018"."""
     digits = 1 - floor(log10(value.stderr)) if 0 < value.stderr < inf else -1
+    if digits > 6 and abs(value.mean) >= 1e-4:
+        return f"{value.mean:,.6f} \u00b1 {number(value.stderr)}".replace("-", "\u2212")
     if not 0 <= digits <= 6:
         return f"{number(value.mean)} \u00b1 {number(value.stderr)}"
     return f"{value.mean:,.{digits}f} \u00b1 {value.stderr:,.{digits}f}".replace("-", "\u2212")

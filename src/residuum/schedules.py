@@ -26,7 +26,7 @@ def full(lengths: Sequence[int]) -> Schedule:
 def drop(schedule: Schedule, section: int, position: int, *, count: int = 1) -> Schedule:
     """Leave out `count` entries from `position` on; the rest keeps its order.
 
-    Dropping the first k blocks is `drop(s, i, 0, count=k)`, the last k of n is `drop(s, i, n - k, count=k)`.
+    Dropping the first k blocks is `drop(s, i, 0, count=k)`, the last k of n is `drop(s, i, n - k, count=k)`, k > 0.
 
     Source: P1 (Jastrzebski et al. 2018), section 4.2 and figure 3: one block dropped, no retraining.
 

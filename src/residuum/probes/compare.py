@@ -16,6 +16,8 @@ Pool = Literal["mean", "flat"]
 Method = Literal["cka", "unbiased cka", "pearson", "spearman"]
 Distance = Literal["correlation", "euclidean"]
 
+_ROUNDING = 1e-12  # differences of this part of the values tell nothing
+
 
 @dataclass(frozen=True, eq=False)
 class States:
@@ -154,12 +156,12 @@ def _description(
     else:
         above = torch.triu_indices(len(x), len(x), 1)
         vector = _dissimilarities(x, distance)[above[0], above[1]]
-        scale = vector.abs().max()
-        vector = _ranks(vector) if method == "spearman" else vector
-        vector = vector - vector.mean()
+        scale, centred = vector.abs().max(), vector - vector.mean()
+        alike = torch.linalg.vector_norm(centred) <= _ROUNDING * scale
+        ranks = _ranks(vector) if method == "spearman" else None
+        vector = (centred if ranks is None else ranks - ranks.mean()).masked_fill(alike, 0)
     length = torch.linalg.vector_norm(vector)
-    # Differences of the size of rounding errors tell nothing.
-    return ratio(vector, length.masked_fill(length <= 1e-12 * scale, 0))
+    return ratio(vector, length.masked_fill(length <= _ROUNDING * scale if "cka" in method else length == 0, 0))
 
 
 def _u_centred(gram: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:

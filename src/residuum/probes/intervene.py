@@ -290,6 +290,10 @@ def _gathered(
         for name in _VALUES:
             if name in row:
                 columns[kind, name][case.point].append(row[name])
+    names = [f"{kind.name}_{name}" for kind, name in columns]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"interventions: two kinds have the quantity {twice!r}; measure them one after the other")
     return {
         f"{kind.name}_{name}": measure(
             [torch.stack(draws).mean(0) for draws in by_point.values()],

@@ -159,9 +159,15 @@ def norm(
 ) -> Float[Tensor, " example"]:
     """Euclidean norm per example over all entries of its unmasked tokens; sums in float32 at least.
 
-    Not `h.flatten(1)`, which copies channels-last memory.
+    In float64 where squares are beyond float32: gradients of answers that are certain by 50 nats are that small.
     """
-    return torch.linalg.vector_norm(unmasked(h, mask), dim=tuple(range(1, h.ndim)), dtype=wide(h.dtype))
+    # Not `h.flatten(1)`, which copies channels-last memory.
+    counted, over, dtype = unmasked(h, mask), tuple(range(1, h.ndim)), wide(h.dtype)
+    size = torch.linalg.vector_norm(counted, dim=over, dtype=dtype)
+    known = (size > torch.finfo(dtype).tiny ** 0.5) & (size < torch.inf)
+    if known.all():
+        return size
+    return size.where(known, torch.linalg.vector_norm(counted, dim=over, dtype=torch.float64).to(dtype))
 
 
 def dot(
@@ -211,5 +217,7 @@ def _norm_of(step: Step, which: str) -> Float[Tensor, " example"]:
     memo, key = vars(step), f"_{which}_norm"  # as functools.cached_property keeps its values
     if key not in memo:
         length = norm(getattr(step, which), step.mask)
+        if step.mask is not None:  # of no token nothing is known
+            length = length.masked_fill(~step.mask.any(1), torch.nan)
         memo[key] = length.masked_fill(~length.isfinite(), torch.nan)
     return memo[key]

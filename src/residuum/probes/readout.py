@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from residuum.names import one_line
@@ -27,7 +27,7 @@ def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     - "loss": cross-entropy of the label, in nats; its note says which.
     - "accuracy": 1 where the answer is right, else 0.
     - "entropy": of the predicted distribution, in nats; 0: certain, log(classes): knows nothing.
-    - "agreement": 1 where the answer is the network's answer, else 0.
+    - "agreement": 1 where the answer is the network's answer, else 0; undefined where the network has none.
     - "label_change": 1 where the answer differs from that at the state before, else 0; nothing for the first state.
 
     The kind of target decides what an answer is:
@@ -39,7 +39,7 @@ def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
       an example that count and are not masked. For decoders this is the logit lens, with one final norm.
     - None: no labels, hence no loss and no accuracy.
 
-    An output that is not a number, or infinite, has infinite loss and is not right.
+    An output that is not a number, or infinite, has infinite loss and is not right; nothing agrees with it.
 
     A section's last state and the next one's first have the same output, which is computed once.
 
@@ -163,15 +163,15 @@ class Reader:
         values = {"answer": answer, "entropy": torch.special.entr(logs.exp()).sum(-1)}
         if self.target is None:
             return values
-        loss = F.nll_loss(logs.movedim(-1, 1), self.target, reduction="none", ignore_index=_IGNORED)
-        return values | {"loss": loss.masked_fill(broken, torch.inf), "accuracy": answer == self.target}
+        loss = _label_loss(output, self.target).masked_fill(broken, torch.inf)
+        return values | {"loss": loss.masked_fill(self.target == _IGNORED, 0), "accuracy": answer == self.target}
 
     def _several(self, output: Tensor) -> dict[str, Tensor]:
         ones, broken = self.target.bool(), _broken(output)
         rank = output.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        answer = rank < ones.sum(1, keepdim=True)
+        answer = (rank < ones.sum(1, keepdim=True)).to(torch.int8).masked_fill(broken[:, None], -1)
         chances = torch.stack([output.sigmoid(), (-output).sigmoid()])
-        loss = F.binary_cross_entropy_with_logits(output, ones.to(output), reduction="none").mean(1)
+        loss = F.softplus(torch.where(ones, -output, output)).mean(1)  # see `_label_loss`
         entropy = torch.special.entr(chances).sum(0).mean(1)
         accuracy = (answer == ones).all(1) & ~broken
         return {"answer": answer, "entropy": entropy, "loss": loss.masked_fill(broken, torch.inf), "accuracy": accuracy}
@@ -191,8 +191,11 @@ class Reader:
         return torch.full((len(output),), 1 / classes)
 
     def same(self, a: Tensor, b: Tensor) -> Float[Tensor, " example"]:
-        """1 where two answers are the same, else 0; a mean over the tokens that count."""
-        return self.per_example((a == b).all(1) if self.several else a == b)
+        """1 where an answer is the same as that of the network, `b`, else 0; nan where that is none; means of tokens."""
+        same, none = (a == b).float(), b < 0
+        if self.several:
+            same, none = same.amin(1), none.any(1)
+        return self.per_example(same.masked_fill(none, torch.nan))
 
     def note(self, name: str) -> str:
         """Which loss or entropy it is."""
@@ -203,6 +206,19 @@ class Reader:
                 ", mean over the counted tokens of an example" if self.counted is not None else ""
             )
         return "of the sigmoids, mean over the classes (nats)" if name == "entropy" and self.several else ""
+
+
+def _label_loss(output: Float[Tensor, "*place class"], target: Int64[Tensor, "*place"]) -> Float[Tensor, "*place"]:
+    """Cross entropy as `softplus(log sum_(j != y) exp(z_j) - z_y)`, whose gradient is right for certain answers, too.
+
+    That of `log_softmax` is `p_y - 1`, which float32 has no digits for above 10 nats, and which is 0 above 17: the
+    direction of the gradient would be that of the other classes alone.
+    """
+    if output.shape[-1] == 1:
+        return output[..., 0] * 0
+    place = target.clamp(min=0)[..., None]  # those below are ignored
+    others = output.scatter(-1, place, -torch.inf).logsumexp(-1)
+    return F.softplus(others - output.gather(-1, place)[..., 0])
 
 
 def _broken(output: Float[Tensor, "example ... class"]) -> Bool[Tensor, "example ..."]:
