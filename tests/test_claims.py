@@ -97,6 +97,17 @@ def test_a_test_that_cannot_be_computed_says_so(tmp_path: Path) -> None:
     assert (found.verdict, "logarithms need" in found.obtained) == ("inconclusive", True)
 
 
+@pytest.mark.parametrize("fault", [KeyError("train_loss"), TypeError("a list\nof nothing"), ZeroDivisionError("by 0")])
+def test_a_bad_run_leaves_the_other_claims_alone(fault: Exception, tmp_path: Path) -> None:
+    def broken(results: Results) -> Obtained:
+        raise fault
+
+    found = judge(claim(broken, 0, name="p9-a"), {job(0).key: Finished(job(0), tmp_path)})
+    assert found.verdict == "inconclusive"
+    assert found.obtained.startswith(f"could not be computed: p9-a: {type(fault).__name__}: ")
+    assert len(found.obtained.splitlines()) == 1
+
+
 def test_a_verdict_is_json(tmp_path: Path) -> None:
     results = {job(0).key: Finished(job(0), tmp_path)}
     found = judge(claim(lambda results: at_most(mean_over([2.0]), 1.0), 0), results)

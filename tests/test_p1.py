@@ -193,7 +193,9 @@ def test_where_the_paper_is_right_its_claims_pass() -> None:
 def test_where_the_reverse_is_true_they_fail() -> None:
     found = judged("paper", -1)
     assert {name for name in having(found, "pass") if "count-" not in name} == REVERSED_TOO
-    assert having(found, "inconclusive").keys() == {"p1-naive-recovers"}  # sharing costs nothing there
+    # Sharing costs nothing there, and nothing explodes that could be removed.
+    assert having(found, "inconclusive").keys() == {"p1-naive-recovers", "p1-ubn-activations", "p1-ubn-gradients"}
+    assert "naive sharing, which is to be remedied, does not explode" in found["p1-ubn-gradients"].obtained
 
 
 # The paper's training losses before and after are within a factor of two of each other.
@@ -209,6 +211,23 @@ def test_small_scale_says_what_it_cannot_tell() -> None:
     assert having(found, "inconclusive") == {}
 
 
+def test_a_remedy_is_judged_where_there_is_something_to_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(**growth: tuple[float, float]) -> Judged:
+        with monkeypatch.context() as patch:
+            for name, value in growth.items():
+                patch.setitem(GROWTH, name, value)
+            _made.cache_clear()
+            claim = next(claim for claim in planned("small").claims if claim.id == "p1-ubn-activations")
+            return judge(claim, world("small", 1))
+
+    try:
+        assert found().verdict == "pass"
+        assert found(ubn=(8.0, 1.0)).verdict == "fail"
+        assert found(naive=(3.0, 20.0)).verdict == "inconclusive"
+    finally:
+        _made.cache_clear()
+
+
 def test_counts_need_no_runs() -> None:
     found = {claim.id: judge(claim, {}) for claim in planned("tiny").claims}
     counted = [one for name, one in found.items() if name.startswith("p1-count-")]
@@ -221,7 +240,7 @@ def test_counts_need_no_runs() -> None:
 def test_the_plan_keeps_to_the_papers_settings_and_the_budget(scale: str) -> None:
     plan = planned(scale)
     minutes = [plan.minutes(job) for job in plan.jobs]
-    assert len(plan.claims) == 122
+    assert len(plan.claims) == 123
     assert [job.key for job in plan.jobs] == [job.key for job in by_worth(scale)]
     if scale == "small":
         assert max(minutes) < 40
@@ -269,6 +288,6 @@ def test_figures_are_drawn_of_what_is_there() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_study_runs_end_to_end(tmp_path: Path) -> None:
     mine = {claim["id"]: claim["verdict"] for claim in reproduced("p1", tmp_path)}
-    assert len(mine) == 122
+    assert len(mine) == 123
     assert sum(verdict == NOT_RUN for verdict in mine.values()) == 32
     assert len(list((tmp_path / "out" / "tiny" / "p1").glob("*.png"))) == 9

@@ -20,12 +20,14 @@ from residuum.experiments.p2_runs import (
     PRINTED,
     SCALED,
     crossing,
+    ends_of,
     mean_curve,
     run_of,
     steps_of_images,
 )
 from residuum.experiments.p2_verdicts import earlier, ends
 from residuum.indices import stopping_depth
+from residuum.runs import Run
 from worlds import Law, as_the_paper, as_untrained, make
 
 
@@ -52,12 +54,9 @@ def test_where_the_paper_is_right_its_claims_pass(judged: Callable[[str, Law], d
     found = judged("paper", as_the_paper)
     # Decay does nothing in this world, and its refinement is by longer training.
     decay = {f"p2-{data}-ablation-decay" for data in ("mnist", "cifar10")}
-    # One seed per depth: nothing is known about other seeds where networks are compared seed by seed.
-    one_seed = {name for name in found if "-null-" in name or name.endswith("error-depth")} - decay
     assert having(found, "not run") == set()
     assert having(found, "fail") == decay
-    assert having(found, "inconclusive") - one_seed == set()
-    assert len(having(found, "pass")) >= 60
+    assert having(found, "inconclusive") == set()
 
 
 def test_where_training_changes_nothing_what_it_is_said_to_do_fails(
@@ -120,6 +119,54 @@ def test_depths_that_no_network_reached_fail_by_their_whole_interval(
     assert found.verdict == verdict
     assert found.value.startswith("above")
     assert found.effects
+
+
+def network(seed: int, depth: int, data: str = "mnist") -> Run:
+    return replace(
+        run_of("small", data, 4, seed), model=replace(run_of("small", data, 4, 0).model, blocks=(depth,) * 3)
+    )
+
+
+def test_networks_of_one_seed_are_averaged_first(tmp_path: Path) -> None:
+    """Depths differ by far more than seeds, so that an interval over networks would be of the depths."""
+    runs = {seed: {depth: network(seed, depth) for depth in (8, 16, 32)} for seed in range(3)}
+    jobs = tuple(run for found in runs.values() for run in found.values())
+    results = make(jobs, tmp_path, as_the_paper)
+    judged = p2_verdicts.shaped(results, jobs=jobs, section=0, of=lambda steps: len(steps) / 100)
+    (effect,) = judged.effects
+    assert (effect.n, effect.over) == (3, "seeds")
+    assert effect.value == pytest.approx(0.56 / 3)
+    assert effect.low == effect.high  # all seeds have the same depths
+    alone = p2_verdicts.shaped(results, jobs=jobs[:3], section=0, of=earlier)
+    assert (alone.effects[0].n, alone.effects[0].over) == (3, "networks")
+
+
+def test_a_slope_fails_only_where_its_range_is_seen(tmp_path: Path) -> None:
+    for depths, verdict in (((16, 32), "inconclusive"), ((16, 64), "fail")):
+        sweep = {seed: {depth: network(seed, depth) for depth in depths} for seed in range(3)}
+        jobs = tuple(run for runs in sweep.values() for run in runs.values())
+        results = make(jobs, tmp_path / verdict, lambda run, _: (run.model.blocks[0] ** (0.9 + 0.01 * run.seed),) * 3)
+        reach = {"index": "computational_distance", "section": None, "low": 15, "high": 70}
+        found = p2_verdicts.sloped(results, sweep=sweep, bounds=(-9.0, 0.585), **reach)
+        assert found.verdict == verdict
+        assert ("no depth beyond 32, of a range that ends at 70" in found.value) == (verdict == "inconclusive")
+
+
+def test_one_seed_has_the_interval_of_the_regression_and_ends_have_three(tmp_path: Path) -> None:
+    sweep = {0: {depth: network(0, depth) for depth in (8, 16, 24, 32)}}
+
+    def law(run: Run, section: int) -> tuple[float, float, float]:
+        depth = run.model.blocks[0]
+        return 1.0, depth**0.5 * (1 + 0.01 * (depth % 16 > 0)), float(depth)
+
+    results = make(sweep[0].values(), tmp_path, law)
+    (effect,) = p2_verdicts.faster(results, sweep=sweep, section=0, low=8).effects
+    assert (effect.n, effect.over) == (4, "depths")
+    assert effect.low < -0.5 < effect.high < 0
+    for data in ("mnist", "cifar10"):
+        assert sorted(ends_of("paper", data)) == [0, 1, 2]
+        assert {depth for runs in ends_of("paper", data).values() for depth in runs} == {2, 100}
+        assert all(run_of("small", data, 32, seed) in runs.values() for seed, runs in ends_of("small", data).items())
 
 
 def test_shapes_of_steps() -> None:

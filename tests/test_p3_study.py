@@ -189,6 +189,25 @@ def test_where_nothing_differs_no_comparison_passes(tmp_path: Path) -> None:
     assert found["p3-sine-rate"].verdict == "fail"  # the largest stable rates are equal in every seed
 
 
+def test_the_median_of_the_ratios_stands_beside_the_stricter_rule(tmp_path: Path) -> None:
+    """A median above 10, which our specification asks for, does not pass where seeds scatter."""
+    ratios = (2.0, 30.0, 34.0, 40.0, 50.0)
+
+    def world(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
+        return 1e-4, 1e-4 * (1 if example.theta else ratios[seed]), 1.0
+
+    (claim,) = (claim for claim in planned("small").claims if claim.id == "p3-spirals-loss")
+    found = judge(claim, make(tmp_path, claim.jobs, world))
+    assert found.verdict == "inconclusive"
+    assert found.obtained.endswith("must be at least 1; median of the ratios 34")
+
+
+def test_equally_many_right_under_noise_are_not_more(tmp_path: Path) -> None:
+    (claim,) = (claim for claim in planned("small").claims if claim.id == "p3-spirals-noise-0.04")
+    equal = make(tmp_path, claim.jobs, lambda *_: (0.1, 0.1, 0.9))
+    assert judge(claim, equal).verdict == "fail"
+
+
 def test_failed_trainings_are_said_and_give_no_verdict(tmp_path: Path) -> None:
     plan = PLANS["small"]
     results = make(tmp_path, planned("small").jobs, as_the_paper)

@@ -105,7 +105,7 @@ def small_choice(tmp_path: Path, *, text: str = "it is so") -> tuple[Choice, dic
 
 def test_a_report_has_figures_pages_and_all_claims(tmp_path: Path) -> None:
     choice, results = small_choice(tmp_path)
-    judged = report(choice, results, tmp_path / "out", notes=["mnist is read from m.npz."])
+    written = report(choice, results, tmp_path / "out", notes=["mnist is read from m.npz."])
     folder = tmp_path / "out" / "tiny"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {
@@ -120,7 +120,7 @@ def test_a_report_has_figures_pages_and_all_claims(tmp_path: Path) -> None:
     assert "16 of 16 runs missing" in content["claims"][1]["obtained"]
     assert "1 pass, 1 not run" in (folder / "claims.md").read_text()
     assert "1 \\| 2" in (folder / "claims.md").read_text()  # a bar in a cell does not end it
-    assert summary(judged, choice.parts) == ["p2: 1 pass, 1 not run"]
+    assert summary(written, choice.parts) == ["p2: 1 pass, 1 not run"]
 
 
 def test_a_page_of_all_figures_is_not_replaced_by_one_of_a_few(tmp_path: Path) -> None:
@@ -171,6 +171,26 @@ def test_figures_say_how_many_runs_are_missing(tmp_path: Path) -> None:
     report(choice, {}, tmp_path / "none")
     assert "not drawn, 4 of 4 runs missing" in (tmp_path / "none" / "tiny" / "p2.html").read_text()
     assert not (tmp_path / "none" / "tiny" / "p2").exists()
+
+
+def test_a_figure_that_cannot_be_drawn_says_so_and_stops_nothing(tmp_path: Path) -> None:
+    def broken(results: Results) -> MatplotlibFigure | None:
+        raise KeyError("<b>test_loss")
+
+    choice, results = small_choice(tmp_path)
+    (study,) = choice.studies
+    study = replace(study, figures=(replace(study.figures[0], draw=broken), study.figures[1]))
+    written = report(Choice("tiny", (study,), (*study.figures, *study.claims)), results, tmp_path / "out")
+    said = "p2-1: could not be drawn: KeyError: '<b>test_loss'"
+    assert written.undrawn == (said,)
+    assert summary(written, study.claims)[0] == said
+    folder = tmp_path / "out" / "tiny"
+    page = (folder / "p2.html").read_text()
+    assert "could not be drawn: KeyError: " in page
+    assert "<b>test_loss" not in page
+    assert {path.name for path in (folder / "p2").iterdir()} == {"p2-2.png", "p2-2.pdf"}
+    content = json.loads((folder / "claims.json").read_text())
+    assert [claim["verdict"] for claim in content["claims"]] == ["pass", "not run"]
 
 
 def test_runs_of_several_versions_are_said_to_be(tmp_path: Path) -> None:

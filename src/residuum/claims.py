@@ -1,4 +1,4 @@
-"""Claims: what a paper states, tested on runs, with a verdict by rules that stand in the code before the runs."""
+"""Claims: what a paper states, tested on runs, with a verdict by rules that stand in the code."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from residuum.effects import Effect
 from residuum.jobs import Job
+from residuum.names import one_line
 from residuum.runs import Finished
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 NOT_RUN = "not run"
 VERDICTS = ("pass", "fail", "inconclusive", NOT_RUN)
 Results = Mapping[str, Finished]  # finished runs by their keys
+# What reading a run may raise that is damaged or of another version, so that one such run does not end a whole report.
+FAULTS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ class Judged:
 def judge(claim: Claim, results: Results) -> Judged:
     """The verdict on a claim; "not run" as long as one of its runs is not complete.
 
-    A test that raises a ValueError, because what it needs is undefined in these runs, is inconclusive and says so.
+    A test that raises a ValueError, because what it needs is undefined in these runs, is inconclusive and says so. One
+    that fails otherwise, since a run is damaged or the test is wrong, is inconclusive, too, and says which it is.
 
     Args:
         claim: The claim.
@@ -233,4 +237,7 @@ def judge(claim: Claim, results: Results) -> Judged:
         found = claim.test(results)
     except ValueError as error:
         return Judged(claim, f"could not be computed: {error}", "inconclusive")
+    except FAULTS as error:
+        said = f"could not be computed: {claim.id}: {type(error).__name__}: {one_line(error)}"
+        return Judged(claim, said, "inconclusive")
     return Judged(claim, found.value, found.verdict, found.effects)

@@ -49,7 +49,7 @@ class Job(Protocol):
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits, of all that determines the result and nothing else."""
+        """16 hexadecimal digits, of all settings that determine the result; of the code only `FORMAT`."""
 
     def describe(self) -> dict[str, Any]:
         """What determines the result, as JSON values, among them "kind" and "format"."""

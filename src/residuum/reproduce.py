@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from residuum import experiments
-from residuum.claims import NOT_RUN, Claim, Figure, Judged, Results, Study, judge, together
+from residuum.claims import FAULTS, NOT_RUN, Claim, Figure, Judged, Results, Study, judge, together
 from residuum.data.archives import ARCHIVES
 from residuum.data.fetching import find
 from residuum.drawing import fit_title, save, style
 from residuum.files import write_atomically, write_json
 from residuum.jobs import Job
 from residuum.kept import keep, unpack
-from residuum.names import unknown
+from residuum.names import one_line, unknown
 from residuum.pages import Shown, counts, flowing, markdown, page, shown
 from residuum.runs import DataConfig, Finished, Run, finished
 from residuum.toys.digits import NoisyDigits
 
 FORMAT = 1  # of claims.json
+UNDRAWN = "could not be drawn"
 
 
 @dataclass(frozen=True)
@@ -246,12 +247,26 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] = ()) -> dict[str, list[Judged]]:
+@dataclass(frozen=True)
+class Report:
+    """What a report says.
+
+    Attributes:
+        judged: The claims with their verdicts, by paper.
+        undrawn: Which figures could not be drawn, and why.
+    """
+
+    judged: Mapping[str, Sequence[Judged]]
+    undrawn: tuple[str, ...] = ()
+
+
+def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] = ()) -> Report:
     """Draw the figures that were asked for, judge every claim, and write OUT/<scale>/.
 
     Figures are in p2/, for paper p2; p2.html shows all of a paper, if all were asked for. claims.json, claims.md and
-    claims.html hold all claims of all papers. Each file appears complete or not at all, claims.json last: a report that
-    was interrupted is written again by the same command with --check.
+    claims.html hold all claims of all papers. A figure that cannot be drawn says why in its place. Each file appears
+    complete or not at all, claims.json last: a report that was interrupted is written again by the same command with
+    --check.
 
     Args:
         choice: What was asked for.
@@ -259,18 +274,16 @@ def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] 
         out: Folder of runs.
         notes: What a reader must know besides, such as which files were read.
 
-    Returns:
-        The claims with their verdicts, by paper.
-
     Raises:
         OSError: If a file cannot be written.
     """
-    folder = Path(out) / choice.scale
+    folder, undrawn = Path(out) / choice.scale, []
     judged = {study.paper: [judge(claim, results) for claim in study.claims] for study in choice.studies}
     versions = _versions(results)
     for study in choice.studies:
         asked = [figure for figure in study.figures if figure in choice.parts]
         figures = [_drawn(figure, results, folder / study.paper) for figure in asked]
+        undrawn += [f"{one.figure.id}: {one.title}" for one in figures if one.title.startswith(UNDRAWN)]
         if len(asked) == len(study.figures):
             heading = f"{study.paper.upper()}: {study.title}"
             about = [f"Scale {study.scale}: {study.about}", *notes, *versions]
@@ -288,7 +301,7 @@ def report(choice: Choice, results: Results, out: Path, *, notes: Sequence[str] 
         for one in found
     ]
     write_json(folder / "claims.json", content | {"claims": claims})
-    return judged
+    return Report(judged, tuple(undrawn))
 
 
 def _keys(claim: Claim, results: Results) -> list[str]:
@@ -297,7 +310,14 @@ def _keys(claim: Claim, results: Results) -> list[str]:
 
 
 def _drawn(figure: Figure, results: Results, folder: Path) -> Shown:
-    """A figure drawn and written, and as a page shows it."""
+    """A figure as a page shows it, drawn and written; or why it could not be."""
+    try:
+        return _draw(figure, results, folder)
+    except FAULTS as error:
+        return Shown(figure, f"{UNDRAWN}: {type(error).__name__}: {one_line(error)}")
+
+
+def _draw(figure: Figure, results: Results, folder: Path) -> Shown:
     runs = {job.key for job in figure.jobs}
     missing = len(runs - results.keys())
     with style():
@@ -329,16 +349,16 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
 
 
-def summary(judged: Mapping[str, Sequence[Judged]], asked: Sequence[Figure | Claim]) -> list[str]:
+def summary(written: Report, asked: Sequence[Figure | Claim]) -> list[str]:
     """Lines for the screen: the verdicts of each paper, and what was obtained for the claims that were asked for.
 
     Args:
-        judged: By paper.
+        written: What `report` wrote.
         asked: Figures and claims.
     """
     wanted = {part.id for part in asked}
-    lines = []
-    for paper, claims in judged.items():
+    lines = list(written.undrawn)
+    for paper, claims in written.judged.items():
         here = [one for one in claims if one.claim.id in wanted]
         lines.append(f"{paper}: {counts(claims)}")
         if len(here) < len(claims):

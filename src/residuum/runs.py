@@ -186,7 +186,7 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """16 hexadecimal digits, of all that determines the result and nothing else: the place of a file does not."""
+        """16 hexadecimal digits, of all settings that determine the result: the place of a file does not."""
         description = self.describe()
         if self.data.sha256:
             description["data"]["name"] = _FILE

@@ -10,7 +10,6 @@ from residuum.claims import Figure, Results
 from residuum.drawing import line, panels
 from residuum.effects import Effect, paired
 from residuum.experiments.p0_runs import (
-    BETWEEN,
     COUPLED,
     ENDS,
     FREE,
@@ -39,7 +38,6 @@ Drawn = "matplotlib.figure.Figure | None"
 Table = Mapping[Cell, Seeds]  # the networks of one data set
 KINDS = "sum: with summed gradients; all: one recurrent block."
 BARS = "Means over seeds; bars: their standard deviation, where there are several."
-STRENGTHS = ("0", *(f"{strength:g}" for strength in BETWEEN), "1", "1, sum", "1, all")
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
@@ -254,28 +252,34 @@ def _grid(count: int) -> tuple["Canvas", list["Axes"]]:
     return figure, axes[:count]
 
 
-def _strength(cell: Cell) -> float:
-    """Place of a cell on the axis of strengths."""
-    return float(STRENGTHS.index(cell.coupled))
+def _strengths(tables: Mapping[str, Table]) -> list[str]:
+    """The places on the axis of strengths: those between 0 and 1, then other kinds of coupling."""
+    cells = {cell for table in tables.values() for cell in table}
+    order = sorted(cells, key=lambda cell: (cell.couple == "all", cell.reduce == "sum", cell.strength))
+    return list(dict.fromkeys(cell.coupled for cell in order))
 
 
-def _lines(table: Table) -> dict[tuple[int, str], dict[Cell, Seeds]]:
+def _lines(table: Table, strengths: Sequence[str]) -> dict[tuple[int, str], dict[Cell, Seeds]]:
     """The networks of each line, along strengths, by the line's style and name."""
     found: dict[tuple[int, str], dict[Cell, Seeds]] = {}
-    for cell in sorted(table, key=_strength):
+    for cell in sorted(table, key=lambda cell: strengths.index(cell.coupled)):
         name = (6, "group norm") if cell.norm == "group" else CLIPPED if cell.clipped else LIMITS[cell.bound]
         found.setdefault(name, {})[cell] = table[cell]
     return dict(sorted(found.items()))
 
 
-def _along(ax: "Axes", results: Results, table: Table, quantity: str) -> None:
+def _along(ax: "Axes", results: Results, table: Table, quantity: str, strengths: Sequence[str]) -> None:
     """One quantity against the strength, one line for each limit."""
-    for (number, name), cells in _lines(table).items():
-        points = [(_strength(cell), list(_values(results, runs, quantity).values())) for cell, runs in cells.items()]
-        _draw(ax, [point for point in points if point[0] <= _strength(COUPLED)], name, number)
+    end = strengths.index(COUPLED.coupled)
+    for (number, name), cells in _lines(table, strengths).items():
+        points = [
+            (float(strengths.index(cell.coupled)), list(_values(results, runs, quantity).values()))
+            for cell, runs in cells.items()
+        ]
+        _draw(ax, [point for point in points if point[0] <= end], name, number)
         for point in points:  # other kinds of coupling are no part of the line
-            _draw(ax, [point] * (point[0] > _strength(COUPLED)), "_", number)
-    _ticks(ax, STRENGTHS)
+            _draw(ax, [point] * (point[0] > end), "_", number)
+    _ticks(ax, strengths)
     ax.set_xlabel(ALONG)
 
 
@@ -288,7 +292,7 @@ def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     for row, (data, table) in enumerate(having.items()):
         for column, index in enumerate(INDICES):
             ax = axes[3 * row + column]
-            _along(ax, results, table, index)
+            _along(ax, results, table, index, _strengths(tables))
             ax.set(title=f"{SETS[data]}, {index}", ylabel=f"{index} index ({GOOD[index]})", ylim=(-0.03, 1.03))
     _common_legend(figure)
     said = [_ends(results, table, "recurrence", SETS[data]) for data, table in having.items()]
@@ -313,7 +317,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
         return None
     figure, axes = _grid(len(having))
     for ax, (data, table) in zip(axes, having.items(), strict=True):
-        _along(ax, results, table, "accuracy")
+        _along(ax, results, table, "accuracy", _strengths(tables))
         ax.set(title=SETS[data], ylabel="test accuracy, %")
     _common_legend(figure)
     changes = [

@@ -1,12 +1,12 @@
 """What P0's claims are tested by: from finished runs to effects, and their thresholds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from residuum.claims import Obtained, Results, above, at_least, at_most, below, equals, every
+from residuum.claims import Obtained, Results, above, at_least, at_most, below, every
 from residuum.effects import Effect, mean_over, over_examples, paired
 from residuum.experiments.p0_runs import Seeds, accuracies, index_of, losses, right_by_image, sharing
 from residuum.runs import Run
@@ -17,6 +17,8 @@ NO_GAIN = 0.005  # "does not improve", "does not hurt": half a point of accuracy
 ONE_SIDED = 0.90  # level of an interval whose ends are one-sided bounds of 95 %
 # "Comparable training", and "has learned anything": one twentieth of the way from nothing learned to everything.
 AS_LOW = LEARNED = 0.05
+ROOM = 0.02  # above chance, for an accuracy to say anything: where the indices are undefined
+FITTED = 0.5  # half of the way, ten times what training losses may differ by: else that would be all there is
 
 Pair = tuple[Seeds, Seeds]  # what is compared with what: after, before
 
@@ -29,12 +31,23 @@ def away(results: Results, *, runs: Seeds, index: str) -> Obtained:
 
 def index_rises(results: Results, *, pairs: Sequence[Pair], index: str) -> Obtained:
     """An index, of the same seeds, is larger in the first of each pair."""
-    return every(above(_index_change(results, pair, index), 0.0) for pair in pairs)
+    return _each(pairs, lambda pair: above(_index_change(results, pair, index), 0.0))
 
 
 def index_falls(results: Results, *, pairs: Sequence[Pair], index: str) -> Obtained:
     """An index, of the same seeds, is smaller in the first of each pair."""
-    return every(below(_index_change(results, pair, index), 0.0) for pair in pairs)
+    return _each(pairs, lambda pair: below(_index_change(results, pair, index), 0.0))
+
+
+def _each(pairs: Sequence[Pair], test: Callable[[Pair], Obtained]) -> Obtained:
+    """All must hold. A pair that says nothing is inconclusive, so it cannot hide that another fails."""
+    parts = []
+    for pair in pairs:
+        try:
+            parts.append(test(pair))
+        except ValueError as error:
+            parts.append(Obtained(f"could not be computed: {error}", "inconclusive"))
+    return every(parts)
 
 
 def _index_change(results: Results, pair: Pair, index: str) -> Effect:
@@ -43,21 +56,29 @@ def _index_change(results: Results, pair: Pair, index: str) -> Effect:
 
 def no_gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
     """One-sided bound of 95 % on the accuracy that the first of each pair has more."""
-    return every(_beside(results, pair, at_most(_gain(results, pair, ONE_SIDED), NO_GAIN)) for pair in pairs)
+    return _each(pairs, lambda pair: _beside(results, pair, at_most(_gain(results, pair, ONE_SIDED), NO_GAIN)))
 
 
 def gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
     """The first of each pair is right more often."""
-    return every(_beside(results, pair, above(_gain(results, pair), 0.0)) for pair in pairs)
+    return _each(pairs, lambda pair: _beside(results, pair, above(_gain(results, pair), 0.0)))
 
 
 def _gain(results: Results, pair: Pair, level: float = 0.95) -> Effect:
-    lowest = [min(_share_of_guessing(results, runs).values()) for runs in pair]
-    if min(lowest) > 1 - LEARNED:  # equal accuracies would say nothing
+    """Accuracy of the first less that of the second; where both guess, equal ones would say nothing."""
+    found = [accuracies(results, runs) for runs in pair]
+    best, chance = max(map(_mean, found)), guess_accuracy(next(iter(pair[0].values())))
+    loss = min(_mean(_share_of_guessing(results, runs)) for runs in pair)
+    if best < chance + ROOM or loss > 1 - LEARNED:
         raise ValueError(
-            f"neither has learned anything: training losses of {min(lowest):.3f} that of guessing, at best"
+            f"neither has learned anything: {best:.1%} right where a guess has {chance:.1%}, training losses of "
+            f"{loss:.3f} that of guessing, at best"
         )
-    return paired(*(accuracies(results, runs) for runs in pair), level=level)
+    return paired(*found, level=level)
+
+
+def _mean(by_seed: Mapping[int, float]) -> float:
+    return float(np.mean(list(by_seed.values())))
 
 
 def _share_of_guessing(results: Results, runs: Seeds) -> dict[int, float]:
@@ -111,7 +132,9 @@ def one_block(results: Results, *, cells: Sequence[Seeds]) -> Obtained:
         [value for runs in cells for value in index_of(results, runs, name).values()]
         for name in ("recurrence", "drop_gap")
     )
-    return equals(f"least recurrence {min(recurrence):g}, largest gap {max(gap):g}", ONE_BLOCK)
+    least, largest = min(recurrence), max(gap)
+    found = f"least recurrence {least:.17g}, largest gap {largest:.17g}; must be {ONE_BLOCK}"
+    return Obtained(found, "pass" if least == 1 and largest == 0 else "fail")
 
 
 ONE_BLOCK = "least recurrence 1, largest gap 0"
@@ -120,7 +143,20 @@ ONE_BLOCK = "least recurrence 1, largest gap 0"
 def as_low(results: Results, *, pair: Pair) -> Obtained:
     """Training loss of the first less that of the second, by that of knowing nothing but how frequent classes are."""
     after, before = (_share_of_guessing(results, runs) for runs in pair)
+    if _mean(before) > FITTED:
+        raise ValueError(
+            f"what it is compared with has not fitted its images: training loss {_mean(before):.3f} that of guessing"
+        )
     return at_most(paired(after, before, level=ONE_SIDED), AS_LOW)
+
+
+def guess_accuracy(run: Run) -> float:
+    """Accuracy of a blind guess: of one class, or of all digits of an image.
+
+    Args:
+        run: Its network tells the number of classes, its data the number of digits in an image.
+    """
+    return 1 / (run.model.classes if run.data.clutter is None else math.comb(10, run.data.clutter.digits))
 
 
 def guess_loss(run: Run) -> float:

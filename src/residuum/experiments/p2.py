@@ -17,6 +17,7 @@ from residuum.experiments.p2_runs import (
     SCALES,
     SETS,
     ablation_of,
+    ends_of,
     runs_in,
     sweep_of,
 )
@@ -50,6 +51,8 @@ from residuum.runs import Run
 SIZES = "Absolute distances grow with the width, the size of images and their scaling, which the paper does not give."
 UNKNOWN = "The paper gives neither optimiser nor epochs nor weight decay, on which distances depend."
 TOO_SHALLOW = "this scale has too few depths in that range"
+FURTHER = "It may come from shallow networks that travel further instead of deep ones that travel less."
+OF_ONE = "Of one seed its interval is that of the regression over depths, and says nothing about other seeds."
 
 
 def study(scale: str) -> Study:
@@ -160,7 +163,8 @@ def _growth(scale: str, data: str) -> list[Claim]:
         text = f"{SETS[data]}, L = {low} to {high}: {words}"
         known = f"log-log slope {bounds[0]:g} to {bounds[1]:g}" if bounds[0] > -9 else f"slope below {bounds[1]:g}"
         jobs, unless = runs_in(sweep, inside), "" if len(inside) > 1 else f"{TOO_SHALLOW}, {low} to {high}"
-        limits = f"{UNKNOWN} Untrained networks double, too: see the null model."
+        limits = f"L = {', '.join(map(str, inside))}. {UNKNOWN} Untrained networks double, too: see the null model."
+        limits += f" {OF_ONE}" * (len(sweep) == 1)
         label = f"{data}-{name}"
         found.append(_claim(label, f"P2, {source}", text, known, test, jobs=jobs, limits=limits, unless=unless))
     return found
@@ -214,9 +218,9 @@ def _errors(scale: str, data: str) -> list[Claim]:
     jobs = runs_in(sweep, [d for d in at.depths if d >= 4] or at.depths)
     known, source = f"at most {worst:.2%} from L = 4 on", "P2, section 3.1, figure 1"
     first = _claim(f"{data}-error", source, text, known, test, jobs=jobs, limits=UNKNOWN, unless=unless)
-    test = partial(no_worse, sweep=sweep)
+    test = partial(no_worse, sweep=ends_of(scale, data))
     text = f"{SETS[data]}: the test error of the deepest networks is not above that of the shallowest"
-    jobs = runs_in(sweep, (at.depths[0], at.depths[-1]))
+    jobs = runs_in(ends_of(scale, data))
     known = f"rise of at most {NO_RISE:g}"
     return [first, _claim(f"{data}-error-depth", source, text, known, test, jobs=jobs, limits=UNKNOWN)]
 
@@ -225,14 +229,15 @@ def _beside_null(scale: str, data: str) -> list[Claim]:
     """What an untrained network shows as well, and what only a trained one does; the paper has no such curves."""
     sweep, at = sweep_of(scale, data), SCALES[scale]
     deepest = max(at.depths)
-    jobs, limits = runs_in(sweep, (deepest,)), f"At L = {deepest}. {UNKNOWN}"
-    test = partial(as_theory, sweep=sweep, depth=deepest)
+    ends = ends_of(scale, data)
+    jobs, limits = runs_in(ends, (deepest,)), f"At L = {deepest}. {UNKNOWN}"
+    test = partial(as_theory, sweep=ends, depth=deepest)
     source = "derived, spec of this project, section 3.5"
     text = f"{SETS[data]}: untrained networks have the scaled distance that theory gives, in every section"
     known = "within 25 % of 2 (sqrt(v0 + L) - sqrt(v0))"
     found = [_claim(f"{data}-null-theory", source, text, known, test, jobs=jobs, limits=f"At L = {deepest}.")]
     bound = FOURFOLD if deepest >= at.plateau else 1.0
-    test = partial(shorter, sweep=sweep, depth=deepest, bound=bound)
+    test = partial(shorter, sweep=ends, depth=deepest, bound=bound)
     text = f"{SETS[data]}, section 1: training makes the scaled distance shorter than that of an untrained network"
     known = f"trained / untrained below {bound:g}; 0.24 in the paper's networks at L = 100 by theory"
     found.append(_claim(f"{data}-null-ratio", source, text, known, test, jobs=jobs, limits=limits))
@@ -241,7 +246,8 @@ def _beside_null(scale: str, data: str) -> list[Claim]:
         test = partial(faster, sweep=sweep, section=s, low=at.deep)
         text = f"{SETS[data]}, section {s + 1}: the mean step falls faster with L than in untrained networks"
         known = "difference of log-log slopes below 0"
-        label, limits = f"{data}-null-slope-{s + 1}", f"L = {deep[0]} to {deepest}. {UNKNOWN}"
+        label, limits = f"{data}-null-slope-{s + 1}", f"L = {deep[0]} to {deepest}. {FURTHER} {UNKNOWN}"
+        limits += f" {OF_ONE}" * (len(sweep) == 1)
         found.append(_claim(label, source, text, known, test, jobs=runs_in(sweep, deep), limits=limits))
     return found
 
@@ -277,7 +283,7 @@ def _ablation(scale: str, data: str) -> list[Claim]:
     for name, words, known, after, before in rows:
         jobs = tuple({run.key: run for cell, _ in (after, before) for run in runs_in(cells[cell])}.values())
         test = partial(slower, after=(cells[after[0]], after[1]), before=(cells[before[0]], before[1]))
-        limits = f"Slope between L = {depths[0]} and {depths[1]}; decay {SCALES[scale].decay:g}."
+        limits = f"Slope between L = {depths[0]} and {depths[1]}; decay {SCALES[scale].decay:g}. {FURTHER}"
         source, label = "ours; P2 does not ask", f"{data}-ablation-{name}"
         found.append(_claim(label, source, f"{SETS[data]}: {words}", known, test, jobs=jobs, limits=limits))
     return found

@@ -44,12 +44,12 @@ class Scale:
         longer: Factor of the ablation's long trainings.
         decay: Weight decay of the ablation's trainings with decay.
         ablated: Depths of the ablation.
-        repeated: Seeds of the ablation.
+        repeated: Seeds of the ablation, and of the shallowest and the deepest networks.
         measured: Test images that are measured.
         deep: Depth from which the shape within a section and the slope beside the null model are read.
         plateau: Depth from which the paper's distances do not grow.
         ranges: Small, medium and large depths, P2 section 3.2: MNIST up to 20 and 20 to 80, CIFAR-10 up to 15 and 15 to
-            70, above that no growth.
+            70, above that no growth. Large is from 70 on for both: from 80 on MNIST has three depths.
     """
 
     about: str
@@ -68,7 +68,7 @@ class Scale:
     ranges: dict[str, tuple[tuple[int, int], ...]]
 
 
-RANGES = {"mnist": ((2, 20), (20, 80), (80, 100)), "cifar10": ((2, 15), (15, 70), (70, 100))}
+RANGES = {"mnist": ((2, 20), (20, 80), (70, 100)), "cifar10": ((2, 15), (15, 70), (70, 100))}
 
 SCALES = {
     "tiny": Scale(
@@ -104,7 +104,7 @@ SCALES = {
         repeated=(0, 1, 2),
         measured=1000,
         deep=8,
-        plateau=80,
+        plateau=70,
         ranges=RANGES,
     ),
     "paper": Scale(
@@ -121,7 +121,7 @@ SCALES = {
         repeated=(0, 1, 2),
         measured=None,
         deep=8,
-        plateau=80,
+        plateau=70,
         ranges=RANGES,
     ),
 }
@@ -169,6 +169,13 @@ def sweep_of(scale: str, data: str) -> Sweep:
     """The main sweep over depths."""
     at = SCALES[scale]
     return {seed: {depth: run_of(scale, data, depth, seed) for depth in at.depths} for seed in at.seeds}
+
+
+def ends_of(scale: str, data: str) -> Sweep:
+    """The shallowest and the deepest networks, of several seeds where the sweep has one."""
+    at = SCALES[scale]
+    ends = at.depths[0], at.depths[-1]
+    return {seed: {depth: run_of(scale, data, depth, seed) for depth in ends} for seed in at.repeated}
 
 
 def ablation_of(scale: str, data: str) -> dict[tuple[bool, bool], Sweep]:

@@ -1,6 +1,10 @@
 """What P2's claims are tested by: from finished runs to effects, and their thresholds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+
+import numpy as np
 
 from residuum.claims import Obtained, Results, above, at_most, below, between, every
 from residuum.effects import Effect, mean_over, paired, share, slope
@@ -34,8 +38,15 @@ NO_RISE = 0.01  # "stays at the level": one point
 
 def _plateau(results: Results, *, sweep: Sweep, index: str, section: int | None, start: int) -> Effect:
     """Mean of an index over the networks from a depth on."""
-    curves = [curve(results, within(runs, start, 10**6), index, section) for runs in sweep.values()]
-    return mean_over([value for found in curves for value in found.values()], "networks")
+    curves = {s: curve(results, within(runs, start, 10**6), index, section) for s, runs in sweep.items()}
+    return _over({seed: list(found.values()) for seed, found in curves.items()})
+
+
+def _over(values: Mapping[int, Sequence[float]], what: str = "networks") -> Effect:
+    """Over seeds, by the means of each seed's networks, which differ in depth; of one seed over these networks."""
+    if len(values) == 1:
+        return mean_over(*values.values(), what)
+    return mean_over([float(np.mean(found)) for found in values.values()])
 
 
 def near(
@@ -93,15 +104,26 @@ def sloped(
     high: int,
     bounds: tuple[float, float],
 ) -> Obtained:
-    """A slope in its bounds: over seeds, or for one seed by the regression."""
+    """A slope in its bounds: over seeds, or for one seed by the regression.
+
+    Depths that do not reach the middle of the range, by their logarithms, do not show that it has another slope.
+    """
     found = _slope(results, sweep=sweep, index=index, section=section, low=low, high=high)
     effects = list(found.values())
-    return between(effects[0] if len(effects) == 1 else mean_over([effect.value for effect in effects]), *bounds)
+    judged = between(effects[0] if len(effects) == 1 else mean_over([effect.value for effect in effects]), *bounds)
+    deepest = max(depth for runs in sweep.values() for depth in within(runs, low, high))
+    if judged.verdict == "fail" and deepest <= sqrt(low * high):
+        said = f"{judged.value}; no depth beyond {deepest}, of a range that ends at {high}"
+        return replace(judged, value=said, verdict="inconclusive")
+    return judged
 
 
 def shaped(results: Results, *, jobs: tuple[Run, ...], section: int, of: Callable[[list[float]], float]) -> Obtained:
-    """Whether the shape of the steps along a section is on average above 0, over networks."""
-    return above(mean_over([of(along(results, run, "perturbation", section)) for run in jobs], "networks"), 0.0)
+    """Whether the shape of the steps along a section is on average above 0."""
+    found: dict[int, list[float]] = {}
+    for run in jobs:
+        found.setdefault(run.seed, []).append(of(along(results, run, "perturbation", section)))
+    return above(_over(found), 0.0)
 
 
 def earlier(steps: list[float]) -> float:
@@ -189,21 +211,18 @@ def shorter(results: Results, *, sweep: Sweep, depth: int, bound: float) -> Obta
 
 
 def faster(results: Results, *, sweep: Sweep, section: int, low: int) -> Obtained:
-    """Slopes of the same seeds, trained less untrained; below 0 means that training made the fall steeper."""
-    both = [
-        _slope(
-            results,
-            sweep=sweep,
-            index="mean_scaled_perturbation",
-            section=section,
-            low=low,
-            high=10**6,
-            network=network,
+    """Slope of trained by untrained, over seeds, or for one seed by the regression.
+
+    It is the difference of their slopes; below 0 means that training made the fall steeper.
+    """
+    found = []
+    for runs in sweep.values():
+        trained, fresh = (
+            curve(results, within(runs, low, 10**6), "mean_scaled_perturbation", section, network=network)
+            for network in ("measured", "initial")
         )
-        for network in ("measured", "initial")
-    ]
-    values = [{seed: effect.value for seed, effect in found.items()} for found in both]
-    return below(paired(*values), 0.0)
+        found.append(slope(list(trained), [trained[depth] / fresh[depth] for depth in trained]))
+    return below(found[0] if len(found) == 1 else mean_over([effect.value for effect in found]), 0.0)
 
 
 def slower(results: Results, *, after: tuple[Sweep, str], before: tuple[Sweep, str]) -> Obtained:
@@ -217,9 +236,9 @@ def slower(results: Results, *, after: tuple[Sweep, str], before: tuple[Sweep, s
 
 def ratio(results: Results, *, sweeps: list[Sweep], index: str, start: int, low: float, high: float | None) -> Obtained:
     """CIFAR-10 by MNIST, network by network of equal depth and seed."""
-    ratios = []
-    for hard, easy in zip(sweeps[0].values(), sweeps[1].values(), strict=True):
-        ours, theirs = (curve(results, within(runs, start, 10**6), index, None) for runs in (hard, easy))
-        ratios += [ours[depth] / theirs[depth] for depth in ours if depth in theirs]
-    effect = mean_over(ratios, "pairs of networks")
+    ratios = {}
+    for seed, hard in sweeps[0].items():
+        ours, theirs = (curve(results, within(runs, start, 10**6), index, None) for runs in (hard, sweeps[1][seed]))
+        ratios[seed] = [ours[depth] / theirs[depth] for depth in ours if depth in theirs]
+    effect = _over(ratios, "pairs of networks")
     return above(effect, low) if high is None else between(effect, low, high)

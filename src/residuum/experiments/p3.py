@@ -32,6 +32,7 @@ from residuum.experiments.p3_verdicts import (
     shrinks_less,
     smaller_gap,
     stretches_less,
+    tenfold,
     truncated_error,
     under_noise,
 )
@@ -136,7 +137,7 @@ def _spirals(to: Scale) -> list[Claim]:
         ("perfect", source, "theta = 1/2: every validation point is right in every seed", "all seeds",
          partial(perfect, of=half), (half,)),
         ("loss", source, "theta = 1/2: the validation loss is ten times lower than that of the residual network",
-         "log10 of the ratio at least 1; 2.3, 3.2, 2.9 in ours", partial(lower, of=half, than=none, by=1.0), pair),
+         "log10 of the ratio at least 1; 2.3, 3.2, 2.9 in ours", partial(tenfold, of=half, than=none), pair),
         ("training", source, "theta = 1/2: the training loss is lower", "log10 of the ratio above 0",
          partial(lower, of=half, than=none, name="train_loss"), pair),
         ("gap", source, "theta = 1/2 generalises better: validation / training loss is lower",
@@ -153,8 +154,9 @@ def _spirals(to: Scale) -> list[Claim]:
         ("half-above-one", f"{SPEC}, section 4.7", "theta = 1/2 ends below theta = 1 with the exact gradient",
          "log10 of the ratio above 0", partial(lower, of=half, than=one), (half, one)),
     ]  # fmt: skip
+    by_median = " The spec of this project, section 4.8, asks less: 10 in the median of the seeds' ratios."
     return [
-        _claim(f"spirals-{n}", s, text, known, test, jobs=jobs, limits=NOT_KNOWN)
+        _claim(f"spirals-{n}", s, text, known, test, jobs=jobs, limits=NOT_KNOWN + by_median * (n == "loss"))
         for n, s, text, known, test, jobs in rows
     ]
 
@@ -166,9 +168,9 @@ def _noise(to: Scale) -> list[Claim]:
     limits = "How robustness was measured is not known; noise on validation points, 20 draws, is ours."
     found = []
     for sd in NOISE[1:]:
-        text = f"Spirals with noise of standard deviation {sd:g}: at theta = 1/2 not less is right than at theta = 0"
+        text = f"Spirals with noise of standard deviation {sd:g}: at theta = 1/2 more is right than at theta = 0"
         test = partial(under_noise, of=half, than=none, sd=sd)
-        label, known = f"spirals-noise-{sd:g}", "difference at least 0, one-sided 95 %"
+        label, known = f"spirals-noise-{sd:g}", "difference above 0, one-sided 95 %"
         found.append(_claim(label, source, text, known, test, jobs=pair, limits=limits))
     limits = "The measure is ours: quantiles over the validation points."
     for name, what in (("jacobian", "input to the last state"), ("expansion", "first state to the last")):

@@ -151,7 +151,7 @@ class NoisyDigits:
 
     @cached_property
     def key(self) -> str:
-        """16 hexadecimal digits, of all that determines the result and nothing else."""
+        """16 hexadecimal digits, of its settings and nothing else; what the code makes of them is not in it."""
         return key_of(self.describe())
 
     def execute(self, folder: Path, settings: Settings, progress: Bar = quiet) -> None:
