@@ -1,8 +1,10 @@
 """Soft gradient coupling: between ordinary training and one recurrent block."""
 
 import copy
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracles
+from residuum.cli import main
 from residuum.data import Splits, load_splits
-from residuum.layers.coupling import Coupling, achieved_sharing, couple_gradients_, mix_weights_, tied
+from residuum.layers.coupling import Coupling, achieved_sharing, alike, couple_gradients_, mix_weights_, tied
 from residuum.layers.lipschitz import Limit
-from residuum.layers.sharing import Sharing, fold
+from residuum.layers.pairs import Verlet
+from residuum.layers.sharing import NAIVE, Sharing, fold
+from residuum.layers.steps import Explicit
 from residuum.models import ResNet, ResNetConfig
-from residuum.rates import Cosine
+from residuum.rates import Cosine, Steps
 from residuum.training import TrainConfig, train
 from trainer import Small
 
@@ -294,6 +299,41 @@ def test_networks_that_cannot_be_coupled_are_refused_before_the_first_step(digit
     shared = ResNet(ResNetConfig(blocks=(3,), widths=(4,), channels=1, sharing=Sharing(free=1)))
     with pytest.raises(ValueError, match="one and the same or have tied parameters"):
         train(shared, digits, TrainConfig(coupling=Coupling()))
+    for model in (ResNet(ResNetConfig((1, 1), (4, 4), 1)), fold(shared_by_all())):
+        with pytest.raises(ValueError, match="no section of this ResNet has 2 blocks or more to couple"):
+            train(model, digits, TrainConfig(coupling=Coupling()))
+    with pytest.raises(ValueError, match=r"strength times rate reaches 1\.8; it must stay in"):
+        Coupling(0.9, rate=Steps(((0.5, 2.0),)))
+    assert Coupling(0.5, rate=Steps(((0.5, 2.0),))).strength == 0.5
+
+
+def shared_by_all() -> ResNet:
+    return ResNet(ResNetConfig(blocks=(3,), widths=(4,), channels=1, sharing=replace(NAIVE, free=0)))
+
+
+def test_statistics_of_other_names_cannot_be_one_set() -> None:
+    blocks = [nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), nn.Sequential(nn.Linear(3, 3))]
+    model = nn.Module()
+    model.sections = [blocks]
+    Coupling(couple="weights").check(model)
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 cannot be coupled: '1.running_mean' has shape \(3,\).*None"):
+        Coupling(couple="all").check(model)
+
+
+def test_instance_norms_are_norms() -> None:
+    blocks = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.InstanceNorm2d(2, affine=True)) for _ in range(2)]
+    assert len(alike(blocks)) == 2
+    assert len(alike(blocks, "all")) == 4
+
+
+@pytest.mark.parametrize("step", [Explicit(0.5), Verlet(0.5)])
+def test_blocks_of_steps_start_alike_and_stay_so(digits: Splits, step: Explicit | Verlet) -> None:
+    config = ResNetConfig((3,), (4,), 1, norm="group", step=step, alike=1.0)
+    model = ResNet(config)
+    assert achieved_sharing(ResNet(replace(config, alike=0.5)).sections[0])["above_unrelated"] < 0.9
+    train(model, digits, TrainConfig(epochs=1, batch=48, coupling=Coupling(1.0, "all")))
+    for row in alike(model.sections[0], "all"):
+        assert all(torch.equal(p, row[0]) for p in row)
 
 
 def test_parameters_correspond_by_name_and_not_by_the_order_of_making() -> None:
@@ -343,3 +383,12 @@ def test_what_cannot_be_coupled_is_refused() -> None:
         couple_gradients_(blocks, 0.5)
     with pytest.raises(ValueError, match="coupling has 3 strengths, the network 2 sections"):
         Coupling((0.1, 0.2, 0.3)).after_backward(network(), 0.0)
+
+
+def test_the_command_couples_blocks_of_steps_from_equal_weights(tmp_path: Path) -> None:
+    made = ["--blocks", "2", "--widths", "4", "--norm", "group", "--epochs", "1", "--limit", "40", "--device", "cpu"]
+    coupled = ["--couple", "1", "--couple-norms", "--step", "explicit"]
+    assert main(["train", "--out", str(tmp_path / "a"), *made, *coupled]) == 0
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert content["network"]["alike"] == 1
+    assert content["training"]["history"][-1]["sharing"][0]["deviations"] == [0, 0]

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from datafiles import write_npz
 from residuum.cli import main
 from residuum.data import Splits, load_splits
 from residuum.folding import fold_coupled
 from residuum.layers.coupling import Coupling
-from residuum.layers.sharing import Loop
+from residuum.layers.pairs import Verlet
+from residuum.layers.sharing import Loop, fold
 from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.results import write_run
@@ -74,3 +77,56 @@ def test_the_command_writes_a_network_that_is_read_again(tmp_path: Path, capsys:
     assert json.loads((tmp_path / "b" / "config.json").read_text())["training"]["folded"]["images"] == 60
     assert main(["fold", str(tmp_path / "b"), "--out", str(tmp_path / "c"), *shared]) == 2
     assert "weights of their own" in capsys.readouterr().err
+
+
+def test_a_network_is_folded_as_it_reads_pixels_on_the_data_of_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dim images under the digits' names: with the preparation of the digits the network would guess."""
+    monkeypatch.chdir(tmp_path)
+    arrays = {f"{part.split}_images": (40 + part.images.permute(0, 2, 3, 1) * 5 // 3).numpy() for part in DATA}
+    arrays |= {f"{part.split}_labels": part.labels.numpy() for part in DATA}
+    dim, names = write_npz(tmp_path / "dim.npz", **arrays, classes=np.array(list("0123456789"))), [*"ab"]
+    made = ["--blocks", "2", "--widths", "4", "--epochs", "1", "--batch", "24", "--device", "cpu", "--couple", "1"]
+    assert main(["train", "--out", "a", "--data", str(dim), *made]) == 0
+    for data in ([], ["--data", "digits"]):
+        assert main(["fold", "a", "--out", "b", "--force", "--device", "cpu", *data]) == 0
+        said = capsys.readouterr()
+        assert f"test images of {'digits' if data else 'dim.npz'}" in said.out
+        assert ("trained on other data than digits: dim.npz" in said.err) == bool(data)
+        content = [json.loads((tmp_path / name / "config.json").read_text()) for name in names]
+        assert all(content[0]["preparation"][part] == content[1]["preparation"][part] for part in ("mean", "std"))
+        history = content[1]["training"]["history"][-1]
+        assert (content[1]["training"]["folded"]["loss"][0] == pytest.approx(history["test_loss"])) != bool(data)
+    dim.rename(tmp_path / "elsewhere.npz")
+    assert main(["fold", "a", "--out", "c", "--device", "cpu"]) == 2
+    assert "a was trained on dim.npz, which is not here; say where with --data" in capsys.readouterr().err
+    write_npz(tmp_path / "pets.npz")
+    assert main(["fold", "a", "--out", "c", "--device", "cpu", "--data", "pets.npz"]) == 2
+    assert "the classes of pets.npz (cat, dog, owl) are not those of a (0, 1" in capsys.readouterr().err
+
+
+def test_without_norms_blocks_fold_and_group_norms_fold_with_them() -> None:
+    for norm, couple in (("none", "weights"), ("none", "all"), ("group", "all")):
+        model = ResNet(ResNetConfig(blocks=(2,), widths=(4,), channels=1, norm=norm, alike=1.0)).eval()
+        found = fold_coupled(model, DATA, couple=couple)
+        x = torch.randn(3, 1, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(found.model(x), model(x))
+        assert ResNet(found.model.config).state_dict().keys() == found.model.state_dict().keys()
+        assert found.parameters[1] < found.parameters[0]
+    with pytest.raises(ValueError, match=r"this network has group norm: give couple='all' \(--norms\)"):
+        fold_coupled(model, DATA)
+
+
+def test_a_folded_reversible_network_trains_its_blocks() -> None:
+    model = ResNet(ResNetConfig((3, 1), (4, 8), 1, norm="group", step=Verlet(0.5), reversible=True)).eval()
+    found = fold_coupled(model, DATA, couple="all").model.train()
+    for loops in (found, fold(found)):
+        loops.zero_grad()
+        loops(torch.randn(2, 1, 8, 8)).sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in loops.sections.parameters())
+        x = torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            stored = loops(x)
+        torch.testing.assert_close(loops(x), stored)

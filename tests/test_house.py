@@ -21,8 +21,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROWS = [
     [
         "schedules",
-        "spectra",
         "linear",
+        "graphs",
+        "draws",
         "names",
         "memory",
         "layouts",
@@ -31,9 +32,9 @@ ROWS = [
         "readings",
         "processes",
         "bytes",
-        "effects",
+        "answers",
     ],
-    ["solvers", "descriptions"],
+    ["spectra", "solvers", "effects", "descriptions"],
     ["derivatives"],
     ["solve", "streams", "finding", "recording", "files", "progress", "rates", "changed", "folders"],
     ["cutting", "data", "checkpoints", "conclusions", "layers", "drawing"],

@@ -21,7 +21,7 @@ from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.results import write_run
-from residuum.spectra import chain_bound
+from residuum.spectra import certificate, chain_bound, guaranteed_norm, operator_norm
 from residuum.training import TrainConfig, train
 
 KINDS = [
@@ -434,3 +434,62 @@ def test_a_limit_keeps_the_layout_of_one_channel(bound: float) -> None:
     limit_(conv, bound, (6, 6))
     assert strides == (9, 1, 3, 1)
     assert conv.train().weight.stride() == conv.eval().weight.stride() == strides
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight / weight.std(), bias)
+
+
+def test_classes_that_do_something_else_with_their_weight_have_no_bound() -> None:
+    conv = Standardised(2, 2, 3, padding=1)
+    for function in (partial(limit_, bound=1.0), operator_norm, guaranteed_norm):
+        with pytest.raises(ValueError, match="Twice has another, so the norm of its weight says nothing about it"):
+            function(Twice(3, 3))
+        with pytest.raises(ValueError, match="Standardised has another"):
+            function(conv, size=(4, 4))
+    with pytest.raises(ValueError, match="Standardised has another"):
+        certificate(conv, (4, 4))
+    assert chain_bound([conv], (4, 4)) is None
+    plain = nn.Linear(3, 3)
+    plain.forward = lambda x: 2 * x
+    assert chain_bound([plain]) is None
+    assert chain_bound([nn.Conv2d(2, 2, 3, padding_mode="circular")], (4, 4)) is None
+
+
+def test_a_new_largest_vector_is_found_from_the_old_one() -> None:
+    """The old one is a singular vector still, so the residual is small at once and tells nothing."""
+    linear = nn.Linear(500, 500, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.diag(torch.linspace(0, 0.7, 500).index_fill(0, torch.tensor(0), 1.0)))
+    limit_(linear, 0.5)
+    assert true_norm(linear.eval(), ()) == pytest.approx(0.5, rel=1e-3)
+    with torch.no_grad():
+        linear.parametrizations.weight.original[7, 7] = 1.02
+    assert true_norm(linear, ()) <= 0.5 * 1.005
+
+
+def test_what_comes_after_a_limit_is_told() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = nn.Sequential(nn.Linear(3, 3)).eval()
+    limit_(model[0], 0.1)
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    for function in (limits, export):
+        with pytest.raises(ValueError, match="a limit is followed by Doubled on the same weight"):
+            function(model)
+
+
+def test_frozen_weights_are_exported_frozen() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
+    for layer in model:
+        limit_(layer, 0.1)
+    model[0].requires_grad_(False)
+    assert [layer.weight.requires_grad for layer in export(model)] == [False, True]

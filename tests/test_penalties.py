@@ -297,3 +297,17 @@ def normed() -> nn.Module:
 def test_what_is_wrong_is_refused(make: partial, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(torch.randn(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("step", [None, Theta(0.5, 0.1, solver=Anderson(0.05))])
+def test_networks_in_bfloat16_are_penalised_in_float32(step: Theta | None) -> None:
+    data = Splits(*(part.take(24, seed=0) for part in load_splits("digits")))
+    model = ResNet(ResNetConfig((2,), (4,), 1, norm="group", step=step)).bfloat16()
+    settings = Penalty(divergence=0.1, jacobian=0.1, magnitude=0.1)
+    (row,) = train(model, data, TrainConfig(epochs=1, batch=12, penalty=settings))
+    assert math.isfinite(row["train_loss"])
+    blocks, h = list(model.sections[0]), torch.randn(3, 4, 8, 8).bfloat16()
+    wide = terms(Penalty(magnitude=1.0), [block.float() for block in copy.deepcopy(blocks)], [h.float()] * 3)
+    narrow = terms(Penalty(magnitude=1.0), blocks, [h] * 3)
+    assert narrow["magnitude"].dtype == torch.float32
+    assert torch.allclose(wide["magnitude"], narrow["magnitude"])

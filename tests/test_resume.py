@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 from residuum.data import Splits
-from residuum.training import TrainConfig, train
-from trainer import Small, data
+from residuum.layers.coupling import Coupling
+from residuum.training import TrainConfig, label_loss, train
+from trainer import Coupled, Small, data
 
 TRAINER = Path(__file__).with_name("trainer.py")
 
@@ -239,3 +241,31 @@ def test_two_processes_can_be_killed_too(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint").exists()
     program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, processes=2)
     same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_strengths_per_section_go_on_too(tmp_path: Path) -> None:
+    """A tuple is a list in the file."""
+    config = TrainConfig(epochs=1, batch=50, coupling=Coupling((0.5,)))
+    histories = [train(Coupled(), data(), config, checkpoint=tmp_path / "checkpoint") for _ in range(2)]
+    assert histories[0] == histories[1]
+
+
+def another(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A loss with a function of its own."""
+    return label_loss(model, x, y)
+
+
+def test_other_images_labels_or_losses_are_refused(tmp_path: Path) -> None:
+    checkpoint, config, given = tmp_path / "checkpoint", TrainConfig(epochs=1, batch=30), data()
+    train(Small(norm=True), given, config, checkpoint=checkpoint)
+    others = [
+        ("train", given.train.images.flip(3), given.train.labels),
+        ("train", given.train.images, given.train.labels.flip(0)),
+        ("test", given.test.images.flip(3), given.test.labels),
+    ]
+    for split, images, labels in others:
+        other = given._replace(**{split: replace(getattr(given, split), images=images, labels=labels)})
+        with pytest.raises(ValueError, match=f"{split} images: .* there, .* here.*delete it to start anew"):
+            train(Small(norm=True), other, config, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"loss: residuum\.answers\.label_loss there, test_resume\.another here"):
+        train(Small(norm=True), given, config, loss=another, checkpoint=checkpoint)

@@ -16,6 +16,7 @@ import oracles_sharing
 from residuum import cut
 from residuum.data import ImageSet, Preparation, Splits
 from residuum.files import restore_, stored
+from residuum.layers.lipschitz import clip_
 from residuum.layers.sharing import (
     NAIVE,
     UBN,
@@ -532,3 +533,11 @@ def test_gradient_ratios_are_followed_over_training() -> None:
     with torch.no_grad():
         broken.dense.weight.zero_()
     assert follow(broken) == {"train_gradient_ratio": None, "test_gradient_ratio": None}
+
+
+def test_clipped_scales_are_set_before_they_are_clipped() -> None:
+    block = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    clip_(block[1])
+    first, second = share([block], (0, 0), gamma=0.1)
+    assert first is second
+    assert torch.equal(first[1].weight.detach(), torch.full((2,), 0.1))

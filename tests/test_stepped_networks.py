@@ -145,7 +145,6 @@ def test_kinds_know_what_they_take() -> None:
         (lambda: replace(SMALL, norm="batch", step=Theta()), "use norm 'group' or 'none'"),
         (lambda: replace(SMALL, norm="batch", step=RungeKutta(GAUSS4)), "use norm 'group' or 'none'"),
         (lambda: replace(SMALL, widths=(3, 8), step=Verlet()), r"halves of the channels, but widths are \(3, 8\)"),
-        (lambda: replace(SMALL, alike=1.0, step=Explicit()), "leave out step or alike"),
         (lambda: rebuilt({"kind": "Thetta"}, KINDS), "did you mean 'Theta'"),
         (lambda: rebuilt({"theta": 0.5}, KINDS), "unknown kind of settings 'None'"),
         (lambda: rebuilt({"kind": "Theta", "tol": 1.0}, KINDS), "Theta has no 'tol'"),

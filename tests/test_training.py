@@ -13,7 +13,7 @@ from residuum.data import Splits, load_splits
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.rates import Cosine, Steps, rate
-from residuum.training import TrainConfig, correct, evaluate, found_classes, label_loss, train
+from residuum.training import TrainConfig, correct, evaluate, found_classes, label_loss, make_optimiser, train
 from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(1, 1), widths=(4, 8), channels=1)
@@ -236,6 +236,9 @@ def test_what_would_fail_later_is_refused_first(digits: Splits) -> None:
     with pytest.raises(ValueError, match=r"last step of an epoch has 1 images, of which batch norm would see 1"):
         train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=95))
     train(Small(norm=False), digits, TrainConfig(epochs=1, batch=95))
+    with pytest.raises(ValueError, match=r"^a step of an epoch has 10 images, of which batch norm would see 1 at a "):
+        train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=10, accumulate=4))  # parts of 3, 3, 3 and 1
+    train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=48, accumulate=3))
     few = ResNet(ResNetConfig(blocks=(1,), widths=(4,), channels=1, classes=7))
     with pytest.raises(ValueError, match="labels of digits need 10 classes, the network has 7 outputs"):
         train(few, digits, TrainConfig(epochs=1))
@@ -258,3 +261,22 @@ def test_looking_at_the_test_images_less_often_changes_nothing_else(digits: Spli
 def test_no_test_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match=r"test_every \(0\) must be at least 1"):
         TrainConfig(test_every=0)
+
+
+def test_a_loss_that_raises_leaves_the_network_as_it_was(digits: Splits) -> None:
+    def broken(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    model = ResNet(NETWORK).train()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, digits.test, loss=broken)
+    assert model.training
+    assert not model._forward_hooks
+
+
+def test_scales_of_norms_do_not_decay_whatever_their_shape() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.LayerNorm((3, 8, 8)), nn.Linear(4, 4))
+    decayed, rest = make_optimiser(model, TrainConfig()).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight), id(model[2].weight)]
+    assert [id(p) for p in rest["params"]] == [id(p) for p in (model[0].bias, *model[1].parameters(), model[2].bias)]
+    assert rest["weight_decay"] == 0

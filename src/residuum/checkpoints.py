@@ -1,5 +1,6 @@
 """Checkpoints: all that a training needs to go on as if it had not been stopped, in one file that appears whole."""
 
+import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,7 @@ def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], Progres
     except ValueError as error:
         raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
     theirs, progress = content["about"], content["progress"]
+    about = json.loads(json.dumps(about))  # as it was written: a tuple is a list there
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
     if different:
         raise CheckpointError(

@@ -17,7 +17,8 @@ from residuum import flags as options
 from residuum import report as report_page
 from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, TextSplits, catalogue, load_splits, load_text, write_digitclutter
-from residuum.files import new_folder
+from residuum.data.images import NAMES
+from residuum.files import FIGURES, NETWORK, RESULT, new_folder
 from residuum.folding import fold_coupled
 from residuum.indices import depth_advice, indices
 from residuum.layers.anystep import step_of
@@ -28,7 +29,7 @@ from residuum.loading import LoadedModel, load_model, save_run, trained_on
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.penalties import penalty_of
-from residuum.probing import Findings, ProbeConfig, choose
+from residuum.probing import Findings, ProbeConfig, choose, prepare_for
 from residuum.probing import probe as probe_network
 from residuum.processes import rank
 from residuum.progress import bar
@@ -54,7 +55,7 @@ def demo(flags: options.Demo, command: str) -> None:
     start, common = perf_counter(), flags.common
     device, data = find_device(common.device), _images("digits", None, common)
     config = TrainConfig(epochs=flags.epochs, batch=common.batch, seed=common.seed)
-    with new_folder(flags.out, replace=flags.force or _of_a_demo(flags.out)) as folder:
+    with new_folder(flags.out, writes=NETWORK | RESULT, replace=flags.force or _of_a_demo(flags.out)) as folder:
         network = ResNetConfig(blocks=(8, 8, 8), widths=(8, 16, 32), channels=1)
         loaded = _trained(folder, network, data, config, device, common)
         settings = ProbeConfig(batch=common.batch, device=device, dtype=_dtype(common), seed=common.seed)
@@ -100,7 +101,7 @@ def train(flags: options.Train, command: str) -> None:
     watched = None
     if flags.watch:
         watched = watch(data.test, limit=flags.watch, preparation=data.train.preparation, seed=common.seed)
-    with new_folder(flags.out, replace=flags.force) as folder:
+    with new_folder(flags.out, writes=NETWORK, replace=flags.force) as folder:
         kept = _checkpoint(flags.out)
         loaded = _trained(folder, network, data, config, device, common, checkpoint=kept, after_epoch=watched)
         seconds = perf_counter() - start
@@ -146,7 +147,8 @@ def probe(flags: options.Probe, command: str) -> None:
         dtype=_dtype(common),
         seed=common.seed,
     )
-    with new_folder(flags.out, replace=flags.force) as folder:
+    inputs = (flags.model, flags.shuffled)
+    with new_folder(flags.out, writes=RESULT, replace=flags.force, reads=inputs) as folder:
         loaded = _loaded(flags, None if text else len(measured.classes))
         shuffled = load_model(str(flags.shuffled)) if flags.shuffled else None
         splits = data._replace(test=measured)
@@ -163,8 +165,7 @@ def report(flags: options.Report, command: str) -> None:
         flags: The command's options.
         command: Not used.
     """
-    if flags.out.exists() and not flags.force:
-        raise FileExistsError(f"{flags.out} exists; choose another file, or replace it with --force")
+    report_page.check_free(flags.out, replace=flags.force)
     report_page.write(flags.folders, flags.out)
     screen.print(f"report: {flags.out.resolve()}")
 
@@ -176,7 +177,7 @@ def stability(flags: options.Stability, command: str) -> None:
         flags: The command's options.
         command: Not used.
     """
-    with new_folder(flags.out, replace=flags.force) as folder:
+    with new_folder(flags.out, writes=FIGURES, replace=flags.force) as folder:
         draw(folder)
     screen.print(f"figures: {flags.out.resolve()}")
 
@@ -192,10 +193,11 @@ def fold(flags: options.Fold, command: str) -> None:
     loaded = load_model(str(flags.model))
     if not isinstance(loaded.model, ResNet):
         raise ValueError(f"{flags.model} is no network of ours; in Python, tied() and fold() take any list of blocks")
-    data = _images(flags.data, flags.data_root, common)
+    data = _images_of(loaded, flags)
+    preparation = prepare_for(loaded, data.train, ProbeConfig())
     model = loaded.model.to(device=find_device(common.device), dtype=_dtype(common))
-    with new_folder(flags.out, replace=flags.force) as folder:
-        found = fold_coupled(model, data, couple="all" if flags.norms else "weights")
+    with new_folder(flags.out, writes=NETWORK, replace=flags.force, reads=(flags.model,)) as folder:
+        found = fold_coupled(model, data, couple="all" if flags.norms else "weights", preparation=preparation)
         cost = {
             "sharing": found.sharing,
             "parameters": found.parameters,
@@ -203,8 +205,7 @@ def fold(flags: options.Fold, command: str) -> None:
             "accuracy": found.accuracy,
         }
         training = (loaded.training or {}) | {"folded": cost | {"data": data.test.name, "images": len(data.test)}}
-        preparation, classes = data.train.preparation, loaded.classes or data.train.classes
-        save_run(folder, found.model, preparation=preparation, classes=classes, training=training)
+        save_run(folder, found.model, preparation=preparation, classes=loaded.classes, training=training)
         now = replace(loaded, model=found.model, weights=f"{loaded.weights}, folded", training=training)
         title, seconds = f"{flags.out.name}, folded", perf_counter() - start
         write_provenance(folder, now, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds)
@@ -217,6 +218,7 @@ def fold(flags: options.Fold, command: str) -> None:
     }.items():
         form = {"parameters": ",", "loss": ".4f", "accuracy": ".1%"}[name]
         screen.print(f"{name}: {before:{form}} -> {after:{form}}")
+    screen.print(f"evaluated: {len(data.test)} test images of {data.test.name}")
     screen.print(f"network: {flags.out.resolve()}")
 
 
@@ -283,6 +285,23 @@ def _images(name: str, root: Path | None, common: options.Common) -> Splits:
     return Splits(*(part.take(common.limit, seed=common.seed) for part in load_splits(name, root)))
 
 
+def _images_of(loaded: LoadedModel, flags: options.Fold) -> Splits:
+    """The images that a network is evaluated on: those asked for, else those of its training."""
+    training = loaded.training or {}
+    name = flags.data or training.get("data", "data that it does not name")
+    if flags.data is None and name not in NAMES and not Path(name).is_file():
+        raise ValueError(f"{flags.model} was trained on {name}, which is not here; say where with --data")
+    data = _images(name, flags.data_root, flags.common)
+    if data.test.classes != loaded.classes:
+        raise ValueError(
+            f"the classes of {name} ({', '.join(data.test.classes)}) are not those of {flags.model} "
+            f"({', '.join(loaded.classes)}); give images of these with --data"
+        )
+    if data.test.sha256 != training.get("data_sha256"):
+        notices.print(f"note: {flags.model} was trained on other data than {name}: {training.get('data', 'unknown')}")
+    return data
+
+
 def _tokenizer(flags: options.Probe) -> Any:
     """The tokenizer that belongs to the weights of a Hugging Face model; None (bytes) for random weights."""
     kind, _, name = flags.model.partition(":")
@@ -319,7 +338,7 @@ def _network(flags: options.Train, channels: int, classes: int, size: Sequence[i
         if present:
             raise ValueError(problem)
     step = None if flags.step is None else step_of(flags.step, dt=flags.dt, tol=flags.tol)
-    alike = float(flags.couple > 0 and step is None) if flags.alike is None else flags.alike
+    alike = float(flags.couple > 0) if flags.alike is None else flags.alike
     limit = None if flags.lipschitz is None else Limit(flags.lipschitz, max(size), flags.lipschitz_norm)
     config = replace(
         scaled(config, flags.width_factor),

@@ -223,16 +223,16 @@ class Fold:
     Attributes:
         model: Folder that train wrote.
         out: Folder to write: a network that holds each section's weights once.
-        data: Data set whose test images are evaluated, as in train.
+        data: Data set whose test images are evaluated, as in train; without it that of the training.
         data_root: Folder with the official files of a data set; without it they are fetched to a cache.
-        norms: Fold batch norm, too; without it every place keeps its own.
+        norms: Fold norms, too; without it every place keeps its own batch norm.
         force: Replace an existing result folder once the new one is complete.
         common: Options of every command that runs a network.
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_FOLDER")]
     out: Path
-    data: str = "digits"
+    data: str | None = None
     data_root: Path | None = None
     norms: bool = False
     force: bool = False

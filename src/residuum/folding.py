@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from residuum.data import Splits
+from residuum.data import Preparation, Splits
 from residuum.layers.coupling import achieved_sharing, tied
 from residuum.layers.sharing import NAIVE, UBN, fold
 from residuum.models import ResNet, count_parameters
@@ -33,17 +33,27 @@ class Folded:
     accuracy: tuple[float, float]
 
 
-def fold_coupled(model: ResNet, data: Splits, *, couple: str = "weights", loss: Loss = label_loss) -> Folded:
+def fold_coupled(
+    model: ResNet,
+    data: Splits,
+    *,
+    couple: str = "weights",
+    loss: Loss = label_loss,
+    preparation: Preparation | None = None,
+) -> Folded:
     """Turn every section of a coupled network into a loop of its mean block, and measure what that costs.
 
     Args:
         model: A network whose blocks have weights of their own, in eval mode; it is not changed.
-        data: The test split is evaluated; the training split says how pixels are prepared.
-        couple: "weights": every application keeps its normalisation. "all": one block with one set of statistics.
+        data: The test split is evaluated.
+        couple: "weights": every application keeps its normalisation, which must be batch norm or none. "all": one block
+            with one set of statistics.
         loss: Loss of a batch.
+        preparation: The network's own preparation of pixels; None is that of the training split.
 
     Raises:
-        ValueError: If the model is in training mode, shares weights already, or has no section of two blocks.
+        ValueError: If the model is in training mode, shares weights already, or has no section of two blocks; if it has
+            group norm, of which there is one for all places of a block only.
 
     Source: P0 (Lippl et al. 2024): a coupled network as a recurrent one; the mean and its cost are ours.
     """
@@ -51,6 +61,13 @@ def fold_coupled(model: ResNet, data: Splits, *, couple: str = "weights", loss: 
         raise ValueError("fold_coupled needs model.eval()")
     if model.config.sharing is not None or max(map(len, model.sections)) < 2:
         raise ValueError("fold_coupled needs sections of at least 2 blocks with weights of their own")
+    norm = model.config.norm
+    if norm == "group" and couple == "weights":
+        raise ValueError(
+            "fold_coupled: with couple 'weights' every place of a block keeps its own norm, which only batch norm can; "
+            "this network has group norm: give couple='all' (--norms)"
+        )
+    couple = "all" if norm == "none" else couple  # the same, where there is no norm
     sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=0)
     new = copy.deepcopy(model)
     alike = []
@@ -59,9 +76,8 @@ def fold_coupled(model: ResNet, data: Splits, *, couple: str = "weights", loss: 
         if len(blocks) > 1:
             new.sections[s] = tied(blocks, couple=couple)
     new.config = replace(model.config, sharing=sharing, alike=0.0)
-    before, after = (
-        evaluate(network, data.test, loss=loss, preparation=data.train.preparation) for network in (model, new)
-    )
+    reads = preparation or data.train.preparation
+    before, after = (evaluate(network, data.test, loss=loss, preparation=reads) for network in (model, new))
     counts = tuple(count_parameters(network, statistics=False) for network in (model, new))
     both = {name: (before[name], after[name]) for name in ("loss", "accuracy")}
     return Folded(new, fold(new), tuple(alike), counts, both["loss"], both["accuracy"])

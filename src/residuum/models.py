@@ -109,8 +109,6 @@ class ResNetConfig:
             raise ValueError("blocks h + f(h) cannot be undone; reversible needs a step, as Verlet or Theta")
         if self.step is not None:
             check_network(self.step, norm=self.norm, widths=self.widths, reversible=self.reversible)
-        if self.step is not None and self.alike:
-            raise ValueError("alike is for blocks h + f(h); leave out step or alike")
 
     def _check(self, sharing: Sharing) -> None:
         if max(self.blocks) <= sharing.free:
@@ -161,8 +159,9 @@ class Residual(nn.Module):
         return out if self.relaxed is None else self.relaxed * (out - h)
 
     def as_step(self, name: str) -> Block:
-        """The block in a stream; hooks on it can change what it gives, so then its branch is not what it adds."""
-        hooked = self._forward_hooks or self._forward_pre_hooks
+        """The block in a stream; where hooks or another forward can change what it gives its branch is left out."""
+        own = type(self).forward is not Residual.forward or "forward" in vars(self)
+        hooked = own or self._forward_hooks or self._forward_pre_hooks
         chain = (self.norm1, self.conv1, self.norm2, self.conv2) if self.relaxed is None else ()
         return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
@@ -183,9 +182,9 @@ def _norm(kind: str, width: int) -> nn.Module:
 
 
 def _rectified(norm: nn.Module, h: Tensor) -> Tensor:
-    """`relu(norm(h))`; in place on what the norm gave, which nobody else sees and whose backward does not need it."""
+    """`relu(norm(h))`; in place on what the norm gave, unless a hook sees it; its backward does not need it."""
     normalised = norm(h)
-    return F.relu(normalised, inplace=normalised is not h)
+    return F.relu(normalised, inplace=normalised is not h and not norm._forward_hooks)
 
 
 class _Branch(nn.Module):
@@ -231,11 +230,7 @@ class ResNet(nn.Module):
         self.widen = None if config.first == widths[0] else self._transition(config.first, widths[0], stride=1)
         self.transitions = nn.ModuleList(self._transition(a, b, stride=2) for a, b in pairwise(widths))
         self.sections = nn.ModuleList(self._section(s) for s in range(len(widths)))
-        # Not submodules: they hold the blocks of the sections once more.
-        self.stacks = [
-            (Block(f"section {s + 1}", Reversible(blocks)),) if len(blocks) else ()
-            for s, blocks in enumerate(self.sections if config.reversible else ())
-        ]
+        self.stacks: list[tuple[Block, ...]] = []  # not submodules: they hold the blocks of the sections once more
         self.norm = _norm(config.norm, widths[-1]) if config.head == "norm" else None
         self.dense = nn.Linear(widths[-1] * config.cells**2, config.classes)
         if config.sharing is not None and config.sharing.everywhere:
@@ -278,7 +273,7 @@ class ResNet(nn.Module):
         for blocks in self.sections if self.config.alike else ():
             common = copy.deepcopy(blocks[0])
             if self.config.alike < 1:
-                for conv in (common.conv1, common.conv2):
+                for conv in (module for module in common.modules() if isinstance(module, nn.Conv2d)):
                     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             for block in blocks:
                 mix_weights_([block], common, self.config.alike)
@@ -334,9 +329,18 @@ class ResNet(nn.Module):
         """Logits: a full run of the stream."""
         stream = self.cut(x)
         if self.config.reversible and self.training and torch.is_grad_enabled():
-            pairs = zip(stream.sections, self.stacks, strict=True)
+            pairs = zip(stream.sections, self._stacked(), strict=True)
             stream = replace(stream, sections=tuple(replace(section, blocks=stack) for section, stack in pairs))
         return stream.run(keep=False).output
+
+    def _stacked(self) -> list[tuple[Block, ...]]:
+        """Each section as one reversible block; made anew when it has other blocks, as after folding."""
+        blocks = [unrolled(section) for section in self.sections]
+        if [list(stack[0].apply.blocks) if stack else [] for stack in self.stacks] != blocks:
+            self.stacks = [
+                (Block(f"section {s + 1}", Reversible(section)),) if section else () for s, section in enumerate(blocks)
+            ]
+        return self.stacks
 
 
 def resnet(depth: int, *, classes: int = 10, channels: int = 3, sharing: Sharing | None = None) -> ResNetConfig:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from residuum.graphs import leaf, recorded
 from residuum.layers.coupling import alike
 from residuum.layers.held import held
 from residuum.layers.pairs import PairBlock
 from residuum.layers.sharing import unrolled
 from residuum.layers.steps import ExplicitBlock, RungeKuttaBlock, ThetaBlock, check_pure
 from residuum.names import unknown
-from residuum.spectra import in_float32
+from residuum.spectra import in_float32, widened
 
 Map = Callable[[Tensor], Tensor]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -101,8 +102,9 @@ def hutchinson(f: Map, h: Float[Tensor, " example *state"], probes: Float[Tensor
 
     Source: Hutchinson (1990); Avron & Toledo (2011) for the variances.
     """
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        h = h if h.requires_grad else h.detach().requires_grad_()
+    with recorded(), sdpa_kernel(SDPBackend.MATH):
+        h = h if h.requires_grad else leaf(h)
+        probes = probes.clone() if probes.is_inference() else probes
         value = f(h)
         trace = square = value.new_zeros(len(h))
         for v in probes if value.requires_grad else ():
@@ -145,7 +147,7 @@ def _along_the_path(settings: Penalty, blocks: Sequence[nn.Module], states: Sequ
     found = dict.fromkeys(WEIGHTS[:3], states[0].new_zeros((), dtype=in_float32(states[0]).dtype))
     with torch.autocast(states[0].device.type, enabled=False):
         for t, (f, h, share) in enumerate(zip(points, states, trapezoidal([dt for _, dt in sides]), strict=True)):
-            h, d = in_float32(h), h[0].numel()
+            f, h, d = widened(f), in_float32(h), h[0].numel()
             if settings.divergence or settings.jacobian:
                 value, trace, square = hutchinson(f, h, _draw(h, settings.probes, settings.draws))
                 growth = ((t + 1) / len(points)) ** settings.power

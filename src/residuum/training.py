@@ -9,11 +9,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from residuum.answers import correct, found_classes, label_loss
 from residuum.calls import cuda_devices
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
@@ -21,6 +20,7 @@ from residuum.layers.coupling import Coupling
 from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
 from residuum.layers.reversible import DriftError
+from residuum.layers.sharing import NORMS
 from residuum.layouts import arranged, fast_layout
 from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
@@ -44,7 +44,7 @@ class TrainConfig:
         rate: Its factor at each share of the training.
         optimiser: "sgd" (with momentum, without Nesterov's correction) or "adam".
         momentum: Of SGD.
-        weight_decay: On weights only: not on biases nor on the scales and shifts of norms.
+        weight_decay: On weights only: not on biases and other vectors, nor on the scales and shifts of norms.
         clip: Largest norm of all gradients together; longer ones are scaled down. None: no limit.
         accumulate: Parts in which a step's images are run, one after the other, for less memory. Batch norm then
             normalises each part by itself.
@@ -56,7 +56,8 @@ class TrainConfig:
         penalty: What is added to the loss in training, for networks of ours; None: nothing. For other networks give
             `train` a loss that `penalised` has made.
         test_every: Epochs from one look at the test images to the next; the last epoch always has one. Epochs of few
-            images are shorter than a look.
+            images are shorter than a look. A look converges the norms of limited networks, so the next epoch follows
+            them from there: other looks make another training of these.
         seed: Seed of the order of the images, of their augmentation, and of dropout where the network has it.
 
     Source: The papers leave the settings open; these are those of the pre-activation ResNet paper (He et al. 2016),
@@ -91,12 +92,8 @@ class TrainConfig:
             )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip is {self.clip}; it must be above 0, or None")
-        allowed = {
-            "optimiser": ("sgd", "adam"),
-            "precision": ("float32", "bfloat16"),
-            "augment": ("none", "crop_flip"),
-        }
-        for name, known in allowed.items():
+        kinds = {"optimiser": ("sgd", "adam"), "precision": ("float32", "bfloat16"), "augment": ("none", "crop_flip")}
+        for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
 
@@ -104,37 +101,6 @@ class TrainConfig:
         """The settings as JSON values."""
         coupling = None if self.coupling is None else asdict(self.coupling) | {"rate": repr(self.coupling.rate)}
         return asdict(self) | {"rate": repr(self.rate), "coupling": coupling}
-
-
-def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> Float[Tensor, ""]:
-    """Mean over the examples: cross-entropy, or for 0/1 labels the binary cross-entropy averaged over classes."""
-    output = model(x)
-    return F.cross_entropy(output, y) if y.ndim == 1 else F.binary_cross_entropy_with_logits(output, y.to(output))
-
-
-def correct(output: Float[Tensor, "example class"], y: Tensor) -> Bool[Tensor, " example"]:
-    """Whether the answer is right: the largest output, or for m classes present the m largest (exact match).
-
-    Source: exact match with the m largest outputs: Spoerer et al. 2017, "Recurrent Convolutional Neural Networks: A
-    Better Model of Biological Object Recognition".
-    """
-    return output.argmax(1) == y if y.ndim == 1 else (_largest(output, y) == y.bool()).all(1)
-
-
-def found_classes(
-    output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]
-) -> Float[Tensor, " example"]:
-    """Share of the m classes present that are among the m largest outputs, in [0, 1]; 0 where none is present.
-
-    For m of ten digits a blind guess finds m / 10 of them, while its chance of an exact match is 1 / (10 choose m).
-    """
-    return (_largest(output, y) & y.bool()).sum(1) / y.sum(1).clamp(min=1)
-
-
-def _largest(output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]) -> Bool[Tensor, "_ _"]:
-    """The outputs that are among the m largest of their example, where y has m ones."""
-    ranks = output.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return ranks < y.sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -157,17 +123,18 @@ def evaluate(
     handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     model.eval()
     like = next(model.parameters())
-    for x, y in batches(
-        data, batch=EVALUATION_BATCH, preparation=preparation, device=str(like.device), dtype=like.dtype
-    ):
-        total += len(y) * loss(model, x, y).item()
-        output = outputs[-1] if outputs else model(x)
-        right += int(correct(output, y).sum())
-        if y.ndim == 2:
-            found += found_classes(output, y).sum().item()
-        outputs.clear()
-    handle.remove()
-    model.train(training)
+    there = {"preparation": preparation, "device": str(like.device), "dtype": like.dtype}
+    try:
+        for x, y in batches(data, batch=EVALUATION_BATCH, **there):
+            total += len(y) * loss(model, x, y).item()
+            output = outputs[-1] if outputs else model(x)
+            right += int(correct(output, y).sum())
+            if y.ndim == 2:
+                found += found_classes(output, y).sum().item()
+            outputs.clear()
+    finally:
+        handle.remove()
+        model.train(training)
     result = {"loss": total / len(data), "accuracy": right / len(data)}
     return result if data.labels.ndim == 1 else result | {"digits": found / len(data)}
 
@@ -211,9 +178,9 @@ def train(
         One row per epoch: epoch (from 1), lr, train_loss (mean over the epoch's steps, as the network was then, with
         the penalty if there is one), seconds, what `after_epoch` returned, and where the test images were looked at
         test_loss, test_accuracy (after the epoch; for 0/1 labels also test_digits, see `evaluate`).
-        For limited networks also overshoot, the largest norm over its bound during training; for coupled ones what the
-        coupling has achieved; for implicit ones solves, the `summary` per block of the epoch's training steps (under
-        torchrun of process 0's images).
+        There limited networks also have overshoot, the largest norm over its bound at the end of the epoch's training.
+        For coupled ones what the coupling has achieved; for implicit ones solves, the `summary` per block of the
+        epoch's training steps (under torchrun of process 0's images).
 
     Raises:
         ConvergenceError: If a block's equation was not solved, forwards or backwards; the message says in which block,
@@ -223,14 +190,12 @@ def train(
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
             the last complete epoch or step before.
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
-        CheckpointError: If the checkpoint is damaged or belongs to other settings, data, machine or numbers of threads
-            or processes; a ValueError.
+        CheckpointError: If the checkpoint is damaged or belongs to another loss, other settings, data, machine or
+            numbers of threads or processes; a ValueError.
     """
     with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
         job = Job(model, data, config, loss, group, after_backward, progress)
-        given = {"data": data.train.sha256, "images": len(data.train), "labels": data.train.labelling}
-        network = {"network": repr(getattr(model, "config", type(model).__name__))}
-        about = config.describe() | given | network | here(group.size, job.device)
+        about = {} if checkpoint is None else _about(job, loss)
         at = Progress()
         if checkpoint is not None and checkpoint.exists():
             at = resume_(checkpoint, model, job.optimiser, about)
@@ -341,13 +306,8 @@ class Job:
         """Gradients of the mean loss over the images of a step, those of all processes; and that mean."""
         self.optimiser.zero_grad()
         total = 0.0
-        parts = list(
-            zip(
-                x.split(-(-len(x) // self.config.accumulate)),
-                y.split(-(-len(y) // self.config.accumulate)),
-                strict=True,
-            )
-        )
+        size = _part(len(x), self.config.accumulate)
+        parts = list(zip(x.split(size), y.split(size), strict=True))
         for number, (some, labels) in enumerate(parts):
             weight = len(some) / images
             bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -403,16 +363,20 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
     if config.coupling is not None:
         config.coupling.check(model)
     last = len(data.train) % config.batch or config.batch
-    alone = -(-(last // group.size) // config.accumulate)  # images that are normalised together in the last step
     if last < group.size:
         raise ValueError(
             f"the last step of an epoch has {last} images, too few for {group.size} processes; choose another batch"
         )
-    if alone == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise ValueError(
-            f"the last step of an epoch has {last} images, of which batch norm would see 1 at a time; "
-            f"choose another batch than {config.batch}"
-        )
+    normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    for images in (last, min(config.batch, len(data.train))) if normalised else ():
+        for own in (images // group.size, -(-images // group.size)):
+            size = _part(own, config.accumulate)
+            if 1 in (size, own % size):
+                raise ValueError(
+                    f"{'the last' if images == last else 'a'} step of an epoch has {images} images, of which batch "
+                    f"norm would see 1 at a time; choose another batch ({config.batch}) or accumulate "
+                    f"({config.accumulate})"
+                )
     if loss is not label_loss:
         return
     like, training = next(model.parameters()), model.training
@@ -426,13 +390,28 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
         raise ValueError(f"the labels of {data.train.name} need {found} classes, the network has {classes} outputs")
 
 
+def _part(images: int, parts: int) -> int:
+    """Images of each part of a step; the last part may have fewer."""
+    return -(-images // parts)
+
+
+def _about(job: "Job", loss: Loss) -> dict[str, Any]:
+    """What a checkpoint must have in common with a training that goes on from it."""
+    about = job.config.describe() | here(job.group.size, job.device)
+    about |= {f"{name} images": split.fingerprint() for name, split in job.data._asdict().items()}
+    about["loss"] = f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+    about["network"] = repr(getattr(job.model, "config", type(job.model).__name__))
+    return about
+
+
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of a training, with weight decay on weights (two or more dimensions) only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """The optimiser of a training, with weight decay on weights only: two or more dimensions, and not of a norm."""
+    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in model.parameters():
+        if p.requires_grad:
+            parts[p.ndim > 1 and id(p) not in of_norms].append(p)
+    groups = [{"params": p, "weight_decay": config.weight_decay * decays} for decays, p in parts.items()]
     groups = [group for group in groups if group["params"]]
     if config.optimiser == "adam":
         return torch.optim.Adam(groups, lr=config.lr, fused=True)

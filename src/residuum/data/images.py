@@ -86,6 +86,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def fingerprint(self) -> str:
+        """A checksum of these very examples and of their preparation; `sha256` is that of the whole data set."""
+        found = sha256(repr((tuple(self.images.shape), self.labels.dtype, self.preparation)).encode())
+        for part in (self.images, self.labels):
+            found.update(part.cpu().contiguous().numpy())
+        return found.hexdigest()[:16]
+
     def take(self, count: int | None, *, seed: int) -> "ImageSet":
         """At most `count` examples drawn without replacement, in their old order; None is all of them.
 

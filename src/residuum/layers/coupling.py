@@ -36,22 +36,32 @@ class Coupling:
     rate: Rate = RATES["constant"]
 
     def __post_init__(self) -> None:
-        for strength in self.strength if isinstance(self.strength, tuple) else (self.strength,):
+        strengths = self.strength if isinstance(self.strength, tuple) else (self.strength,)
+        for strength in strengths:
             _check(strength, self.couple, self.reduce)
+        highest = max(self.rate(share / 1000) for share in range(1001)) * max(strengths, default=0)
+        if highest > 1:
+            raise ValueError(f"coupling: strength times rate reaches {highest:g}; it must stay in [0, 1]")
 
     def check(self, model: nn.Module) -> None:
         """Refuse a network that cannot be coupled so.
 
         Raises:
-            ValueError: If it has no `sections`, the strengths are not one per section, or the blocks of a section
-                cannot be coupled.
+            ValueError: If it has no `sections`, the strengths are not one per section, no section has two blocks, or
+                the blocks of a section cannot be coupled.
         """
         if not hasattr(model, "sections"):
             raise ValueError(f"{type(model).__name__} has no sections to couple; call couple_gradients_ on its blocks")
         self._strengths(model)
-        for blocks in model.sections:
-            if len(blocks) > 1:
-                alike(blocks, self.couple)
+        several = [blocks for blocks in model.sections if len(blocks) > 1]
+        if not several:
+            raise ValueError(
+                f"coupling: no section of this {type(model).__name__} has 2 blocks or more to couple (a loop is one)"
+            )
+        for blocks in several:
+            alike(blocks, self.couple)
+            if self.couple == "all":
+                _rows([_statistics(block) for block in blocks])
 
     def _strengths(self, model: nn.Module) -> tuple[float, ...]:
         count = len(model.sections)
@@ -192,7 +202,7 @@ def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
             p.copy_(_mean(row))
     if couple == "all":
         others = copy.deepcopy(list(blocks))
-        _one_statistics_([first, *others][1:])
+        _one_statistics_(others)
         for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
             ours.copy_(theirs)
         return as_list([first] * len(blocks))
@@ -252,7 +262,16 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
     """
     if len(blocks) < 2:
         raise ValueError(f"coupling needs at least 2 blocks; there are {len(blocks)}")
-    tables = [_parameters(block, couple) for block in blocks]
+    rows = _rows([_parameters(block, couple) for block in blocks])
+    if not tied and any(len({id(p) for p in row}) < len(row) for row in rows):
+        raise ValueError(
+            "some of these blocks are one and the same or have tied parameters; there is nothing to couple"
+        )
+    return rows
+
+
+def _rows(tables: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, ...]]:
+    """The tensors of blocks that correspond to each other by name; the order of making may differ."""
     first = {name: tuple(p.shape) for name, p in tables[0].items()}
     for number, table in enumerate(tables[1:], 1):
         given = {name: tuple(p.shape) for name, p in table.items()}
@@ -262,12 +281,7 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
                 f"blocks 0 and {number} cannot be coupled: {name!r} has shape {first.get(name)} in the first and "
                 f"{given.get(name)} in the other; couple blocks of one shape"
             )
-    rows = [tuple(table[name] for table in tables) for name in first]  # by name: the order of making may differ
-    if not tied and any(len({id(p) for p in row}) < len(row) for row in rows):
-        raise ValueError(
-            "some of these blocks are one and the same or have tied parameters; there is nothing to couple"
-        )
-    return rows
+    return [tuple(table[name] for table in tables) for name in first]
 
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
@@ -282,14 +296,16 @@ def _one_statistics_(blocks: Blocks) -> None:
 
     A running statistic is linear in the batches, so it does not matter whether this happens after each step.
     """
-    tables = [dict(block.named_modules()) for block in blocks]
-    for norms in ([table[place] for table in tables] for place in tables[0]):
-        for name in ("running_mean", "running_var"):
-            row = [getattr(norm, name, None) for norm in norms]
-            if row[0] is not None:
-                mean = _mean(row)
-                for buffer in row:
-                    buffer.copy_(mean)
+    for row in _rows([_statistics(block) for block in blocks]):
+        mean = _mean(row)
+        for buffer in row:
+            buffer.copy_(mean)
+
+
+def _statistics(block: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of a block's norms, by name."""
+    ends = ("running_mean", "running_var")
+    return {name: buffer for name, buffer in block.named_buffers() if name.rpartition(".")[2] in ends}
 
 
 def _mean(row: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ from residuum.names import unknown
 from residuum.spectra import Operator, guaranteed_norm, largest_singular_value, operator_norm
 
 Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
-_TOLERANCE, _PRODUCTS = 1e-3, 400  # in eval mode: relative residual of the norm, most products to reach it
+_TOLERANCE, _PRODUCTS = 1e-4, 400  # in eval mode: relative residual of the norm, most products to reach it
+_LEAST = 30  # products at least: near a vector that was the largest's, its residual is soon small and tells nothing
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
     true norm of 1.5 to 3.) In training mode sigma follows the weights by one product of the power iteration a forward,
     `v = W^T u / |W^T u|` and `u = W v / |W v|` in turn, under `parametrize.cached()`, as in `train`, also where the
     module is applied several times; so the norm can exceed the bound a little (`limits` says by how much). In eval mode
-    the first use after a change of the weights converges sigma to a residual of 1e-3; after that the norm is at most
-    1.005 times the bound, and within 0.005 of it where the limit is active. A guaranteed bound is what `export` writes.
+    the first use after a change of the weights converges sigma to a residual of 1e-4; after that the norm is at most
+    1.005 times the bound, unless a random start vector is very unlucky, and within 0.005 of it where the limit is
+    active. A guaranteed bound is what `export` writes.
 
     The gradient is that of `<u, W v>` with the singular vectors u and v held constant. The state of the iteration is
     saved with the model.
@@ -64,8 +66,9 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
         size: Rows and columns of the map that the convolution reads; () for nn.Linear.
 
     Raises:
-        ValueError: If the module is something else, is limited already, or pads otherwise; if the bound is not above 0
-            or the size does not fit; when it runs, if a map is larger.
+        ValueError: If the module is something else (also of a class whose forward is not torch's), its weight is
+            limited or parametrized already, or it pads otherwise; if the bound is not above 0 or the size does not fit;
+            when it runs, if a map is larger.
 
     Source: P0 (Lippl et al. 2024), Lipschitz constraint; mechanics after Gouk et al. (2018) and Behrmann et al. (2019),
     with the norm of the operator in place of that of the kernel.
@@ -73,7 +76,10 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
     if not 0 < bound < float("inf"):
         raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
     if parametrize.is_parametrized(module, "weight"):
-        raise ValueError(f"this {type(module).__name__} is limited already; export the network first to limit it anew")
+        raise ValueError(
+            f"this {type(module).__name__} is limited already, or its weight is parametrized otherwise; export the "
+            "network, or remove the parametrization, first"
+        )
     parametrize.register_parametrization(module, "weight", Limited(module, bound, size))
     if size:
         hook = partial(_refuse_larger, tuple(size))
@@ -149,7 +155,9 @@ class Limited(nn.Module):
         operator = Operator(
             lambda v: self._image(weight, v.to(weight)), lambda u: self._adjoint(weight, u.to(weight)), self.v
         )
-        found, v = largest_singular_value(operator, near=self.v, products=_PRODUCTS, tolerance=_TOLERANCE)
+        found, v = largest_singular_value(operator, near=self.v, products=_LEAST)
+        if found.residual[0] > _TOLERANCE * found.value[0]:
+            found, v = largest_singular_value(operator, near=v, products=_PRODUCTS, tolerance=_TOLERANCE)
         self.v, self.sigma = v.to(weight), found.value[0].to(weight)
         self.u, _ = _unit(self._image(weight, self.v), self.u)
         self.checksum = _checksum(weight)
@@ -195,7 +203,8 @@ class Clipped(nn.Module):
 
     `gamma_c min(1, bound sqrt(var_c + eps) / |gamma_c|)` with the running variance, also in training mode. The norm of
     the map is its largest factor, so only channels above the bound are made smaller. One common factor for all channels
-    would hold the same bound, but follow the least varying channel from step to step, and train far worse.
+    would hold the same bound, but follow the least varying channel from step to step, and train far worse. The gradient
+    takes the factor `min(..)` as constant, so a clipped scale goes on learning where its exact derivative is 0.
 
     Args:
         norm: The batch norm whose scale it is.
@@ -242,7 +251,7 @@ def limits(model: nn.Module) -> dict[str, dict[str, float | bool]]:
         training mode just before it was converged, relative to the bound.
 
     Raises:
-        ValueError: If the model is in training mode.
+        ValueError: If the model is in training mode, or a limited weight has been parametrized once more.
     """
     if model.training:
         raise ValueError("limits needs model.eval(): in training mode the norms are still followed, not converged")
@@ -285,7 +294,7 @@ def export(model: nn.Module) -> nn.Module:
             of its configuration: `copy.config = replace(copy.config, limit=None)`.
 
     Raises:
-        ValueError: If the model is in training mode.
+        ValueError: If the model is in training mode, or a limited weight has been parametrized once more.
     """
     if model.training:
         raise ValueError("export needs model.eval(): in training mode the norms are still followed, not converged")
@@ -306,10 +315,10 @@ def _make_plain_(module: nn.Module) -> None:
     Not by torch's `remove_parametrizations`: it takes the weight from the module's class, which a deep copy shares with
     its original, so that the original would break.
     """
-    weight = module.weight.detach().clone()
+    weight, trains = module.weight.detach().clone(), module.parametrizations.weight.original.requires_grad
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
-    module.weight = nn.Parameter(weight)
+    module.weight = nn.Parameter(weight, requires_grad=trains)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _refuse_larger]:
         del hooks[key]
@@ -336,7 +345,12 @@ def _refuse_larger(limited: tuple[int, int], module: nn.Module, given: tuple[Ten
 def _limit(module: nn.Module) -> Limited | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    first = module.parametrizations.weight[0]
+    first, *others = module.parametrizations.weight
+    if isinstance(first, Limited) and others:
+        raise ValueError(
+            f"a limit is followed by {type(others[0]).__name__} on the same weight of {type(module).__name__}, so its "
+            "bound does not hold; leave out one of them"
+        )
     return first if isinstance(first, Limited) else None
 
 

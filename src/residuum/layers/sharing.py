@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from residuum.names import unknown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS = ("shared", "unshared")
 
 
@@ -188,10 +190,11 @@ def own_statistics(norm: nn.Module) -> nn.Module:
 
 
 def scale_norms_(block: nn.Module, gamma: float) -> None:
-    """Set the scales of all batch norms of a block."""
+    """Set the scales of all batch norms of a block; of clipped ones those before they are clipped."""
     for module in block.modules():
         if isinstance(module, (*BATCH_NORMS, Affine)) and module.weight is not None:
-            nn.init.constant_(module.weight, gamma)
+            clipped = parametrize.is_parametrized(module, "weight")
+            nn.init.constant_(module.parametrizations.weight.original if clipped else module.weight, gamma)
 
 
 def with_norms(block: nn.Module, norms: Mapping[str, nn.Module]) -> nn.Module:
