@@ -221,9 +221,15 @@ def norms(x: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:
     In float32 that is so for entries above 1e19 and below 1e-22, in float16 for rows longer than 65504.
     """
     size = torch.linalg.vector_norm(x, dim=1).double()
-    known = (size > torch.finfo(x.dtype).tiny ** 0.5) & (size < math.inf)
-    # Row by row: what a row gives must not depend on the others.
-    return size if known.all() else torch.where(known, size, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64))
+    least = torch.finfo(x.dtype).tiny ** 0.5
+    if not len(size):
+        return size
+    low, high = torch.aminmax(size)
+    if least < low.item() and high.item() < math.inf:
+        return size
+    odd = ~((size > least) & (size < math.inf))  # these rows alone: what a row gives must not depend on the others
+    size[odd] = torch.linalg.vector_norm(x[odd], dim=1, dtype=torch.float64)
+    return size
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
