@@ -24,8 +24,9 @@ demo: .venv/core
 test: .venv/dev
 	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
-test-all: .venv/dev
-	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal
+# The slow ones without checks of types at every call, which the others have and which cost up to six times as long.
+test-all: test
+	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m slow -o addopts=--strict-markers
 
 lint: .venv/dev
 	$(BIN)/ruff check .
