@@ -15,7 +15,7 @@ import torch
 from datafiles import write_npz
 from residuum import commands
 from residuum.cli import main
-from residuum.files import new_folder, write_atomically, write_json
+from residuum.files import NETWORK, new_folder, write_atomically, write_json
 from residuum.models import ResNet, ResNetConfig
 
 Refused = Callable[..., str]
@@ -162,6 +162,7 @@ def test_a_network_without_blocks(refused: Refused, tmp_path: Path) -> None:
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
     message = refused("probe", f"{file}:net", "--data", "digits", "--out", tmp_path / "out", "--limit", "8")
     assert "no residual block found in Sequential" in message
+    assert message.endswith("No module that has parts was called, so there are only single layers to name.\n")
 
 
 def test_images_that_a_network_does_not_read(refused: Refused, trained: Path, tmp_path: Path) -> None:
@@ -172,6 +173,62 @@ def test_images_that_a_network_does_not_read(refused: Refused, trained: Path, tm
     file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n")
     message = refused("probe", f"{file}:net", "--data", "digits", "--out", out)
     assert "does not run on examples of shape [1, 8, 8]" in message
+
+
+STRANGE = """
+import torch
+from torch import nn
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+    def forward(self, x):
+        return x + self.conv(x)
+class Net(nn.Module):
+    def __init__(self, channels=1):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(4) for _ in range(2))  # registered before the stem
+        self.stem, self.head = nn.Conv2d(channels, 4, 3), nn.Linear(4, 10)
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+class Wrong(Net):
+    def forward(self, x):
+        raise ValueError("give exactly one of input_ids or inputs_embeds")
+class Four(Net):
+    def forward(self, x):
+        return super().forward(x.expand(-1, 2, -1, -1))
+def rgb(): return Net(3)
+def traced(): return torch.jit.trace(Net(), torch.zeros(1, 1, 8, 8))
+def meta(): return Net().to("meta")
+def turning():
+    net = Net()
+    net.register_buffer("turns", torch.ones(2, dtype=torch.complex64))
+    return net
+"""
+
+
+def test_networks_that_cannot_be_measured_say_why(
+    refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file, out = tmp_path / "net.py", tmp_path / "out"
+    file.write_text(STRANGE)
+    options = ("--data", "digits", "--limit", "8", "--probes", "state_norm", "--out", out)
+    assert main(["probe", f"{file}:rgb", *map(str, options)]) == 0
+    assert "their channel repeated 3 times" in capsys.readouterr().err
+    probe = lambda name: refused("probe", f"{file}:{name}", *options, "--force")  # noqa: E731
+    assert "net.py:Wrong does not run on examples of shape" in probe("Wrong")
+    message = probe("Four")
+    assert "to have 1 channels, but got 2 channels instead" in message
+    assert "--size" not in message
+    assert "net.py:traced is scripted or traced; give the network as it was before" in probe("traced")
+    assert "net.py:meta has no values in blocks.0.conv.weight (device meta); load its weights first" in probe("meta")
+    assert "net.py:turning has complex numbers in turns" in probe("turning")
+    assert "known: perturbation, state_norm" in refused(
+        "probe", f"{file}:rgb", *options[:4], "--out", out, "--probes", "x"
+    )
 
 
 def test_cuda_where_there_is_none(
@@ -202,6 +259,40 @@ def test_an_existing_folder_is_kept(refused: Refused, trained: Path, tmp_path: P
     assert "holds other files (thesis.tex)" in message
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
     assert "is a file" in refused("train", "--out", tmp_path / "thesis.tex", "--force")
+
+
+def test_a_network_is_not_replaced_by_what_is_measured_of_it(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    before = contents(trained)
+    probe = ("probe", trained, "--data", "digits", "--limit", "8", "--force", "--out")
+    assert "is what the command reads; choose another output folder" in refused(*probe, trained)
+    assert "is what the command reads" in refused("fold", trained, "--out", trained, "--force")
+    assert "holds other files (config.json)" in refused("stability", "--out", trained, "--force")
+    other = tmp_path / "other"
+    assert main([str(word) for word in (*probe, other)]) == 0
+    assert main([str(word) for word in (*probe, other)]) == 0
+    assert "holds other files (config.json)" in refused("probe", other, *probe[2:], trained)
+    assert contents(trained) == before
+
+
+def test_a_page_replaces_only_a_page(refused: Refused, trained: Path, tmp_path: Path) -> None:
+    result, other = tmp_path / "result", tmp_path / "other.html"
+    probe = ("probe", trained, "--data", "digits", "--limit", "8", "--probes", "state_norm", "--out", result)
+    assert main([str(word) for word in probe]) == 0
+    other.write_text("<p>mine</p>")
+    report = ("report", result, "--force", "--out")
+    assert "is no name of a page; write --out FILE.html" in refused(*report, tmp_path / "data.npz")
+    assert "exists and is no page of residuum" in refused(*report, other)
+    assert "exists and is no page of residuum" in refused(*report, _made(tmp_path / "folder.html"))
+    message = refused(*report, tmp_path / "none" / "sub" / "x.html")
+    assert f"{tmp_path / 'none' / 'sub'} is no folder; make it first" in message
+    assert main([str(word) for word in (*report, result / "report.html")]) == 0
+    assert other.read_text() == "<p>mine</p>"
+    assert "cannot write /proc/x: " in refused(*probe[:-1], "/proc/x")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
@@ -281,7 +372,10 @@ def test_a_full_disk_while_weights_are_written(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match=r"weights\.safetensors"), new_folder(tmp_path / "run") as folder:
+        with (
+            pytest.raises(OSError, match=r"weights\.safetensors"),
+            new_folder(tmp_path / "x", writes=NETWORK) as folder,
+        ):
             save_run(folder, model, preparation=Preparation(255, (0.0,) * 3, (1.0,) * 3), classes=(), training={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -290,7 +384,7 @@ def test_a_full_disk_while_weights_are_written(tmp_path: Path) -> None:
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    with new_folder(folder) as new:
+    with new_folder(folder, writes=NETWORK) as new:
         write_json(new / "config.json", 1)
     real = os.replace
 
@@ -300,7 +394,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="pulled"), new_folder(folder, replace=True) as new:
+    with pytest.raises(OSError, match="pulled"), new_folder(folder, writes=NETWORK, replace=True) as new:
         write_json(new / "history.json", 2)
     assert contents(tmp_path) == {"run/config.json": b"1\n"}
 
@@ -327,6 +421,18 @@ def test_outputs_that_are_not_numbers_are_never_right(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert "accuracy 0.0%" in said.out
     assert "the outputs of 20 of 20 examples are not finite; they count as wrong" in said.err
+
+
+def test_states_that_grow_beyond_all_numbers_are_no_findings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "net.py").write_text(STRANGE.replace("x + self.conv(x)", "x + 1e30 * x + 0 * self.conv(x)"))
+    command = ["probe", f"{tmp_path / 'net.py'}:Net", "--data", "digits", "--limit", "9", "--out", str(out)]
+    assert main(command) == 0
+    assert "0 to 0" not in capsys.readouterr().out
+    short = (out / "report.html").read_text().partition("In short</h2>")[2].partition("</ul>")[0]
+    assert "The outputs of 9 of 9\n  examples are not finite" in short
+    assert short.count("<li>") == 1
+    assert "How far each block moves the state</h2>" not in (out / "report.html").read_text()
 
 
 def test_one_bad_block_costs_what_it_spoils_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

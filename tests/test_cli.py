@@ -26,8 +26,6 @@ OF_A_PROBE = {
     "provenance.json",
     "report.html",
 }
-OF_A_COMPARISON = {"shuffled.parquet", "shuffled.safetensors"}
-FIGURES = {f"{name}.{kind}" for name in ("phase_plane", "regions") for kind in ("png", "pdf")}
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +141,7 @@ def test_demo_can_be_repeated_and_replaces_only_a_demo(
     command = ["demo", "--epochs", "1", "--limit", "40"]
     for _ in range(2):
         assert main(command) == 0
-        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.OURS - OF_A_COMPARISON - FIGURES - {
-            "groups.parquet"
-        }
+        assert {entry.name for entry in Path("residuum-demo").iterdir()} == files.NETWORK | OF_A_PROBE
         assert str(tmp_path / "residuum-demo" / "report.html") in capsys.readouterr().out
     assert main(["probe", str(trained), "--data", "digits", "--out", "mine", "--limit", "10"]) == 0
     assert main([*command, "--out", "mine"]) == 2

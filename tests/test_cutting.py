@@ -446,7 +446,7 @@ def test_refuses_a_value_that_block_0_hands_on() -> None:
 def test_refuses_unknown_and_useless_names() -> None:
     model, x = MODELS["torchvision resnet18"].build()
     model.eval()
-    with pytest.raises(ValueError, match=r"blocks names 'layer9.\*', which ResNet does not have; near"):
+    with pytest.raises(ValueError, match=r"the block 'layer9.\*' is no module of ResNet; near"):
         cut(model, x, blocks=("layer9.*",))
     with pytest.raises(ValueError, match="keeps the shape"):
         cut(model, x, blocks=("layer2.0",))

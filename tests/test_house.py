@@ -41,7 +41,7 @@ ROWS = [
     ["models", "profiles", "titles", "facts", "stability", "penalties", "solving"],
     ["probes", "nulls", "training", "zoos", "charts"],
     ["indices", "convergence", "loading", "plots", "curves", "watching", "folding"],
-    ["efforts"],
+    ["efforts", "fitting"],
     ["probing", "panels"],
     ["report"],
     ["results", "flags", "runfolders"],

@@ -30,6 +30,12 @@ def text():
 
 def broken():
     return 1 / 0
+
+def ended():
+    raise SystemExit(3)
+
+def wrong():
+    raise ValueError("the width is 0")
 """
 PARTS = """
 from torch import nn
@@ -155,9 +161,32 @@ def test_a_function_in_a_file_beside_another(tmp_path: Path) -> None:
     assert (load_model(f"{file}:net", weights=str(weights)).model[2].weight == 1).all()
 
 
+def test_a_function_is_seeded_and_its_file_is_a_module(tmp_path: Path) -> None:
+    file = tmp_path / "json.py"  # a name that must not hide what others import
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport sys\nfrom torch import nn\n"
+        "@dataclass\nclass Size:\n    width: int = 3\n"
+        "def net():\n    sys.path.insert(0, 'mine')\n    return nn.Linear(Size().width, 2)\n"
+    )
+    before, path, known = torch.get_rng_state(), list(sys.path), sys.modules["json"]
+    weights = [load_model(f"{file}:net", seed=seed).model.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(before, torch.get_rng_state())
+    assert sys.path == ["mine"] * 3 + path
+    sys.path[:] = path
+    assert sys.modules["json"] is known
+    file.write_text("1 / 0")
+    loaded = set(sys.modules)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        load_model(f"{tmp_path / 'json.py'}:net")
+    assert not {name for name in set(sys.modules) - loaded if name.startswith("json")}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("", "no model given; a model is one of RUN_FOLDER"),
         ("torchvision:resnet81", "did you mean 'resnet18'"),
         ("timm:resnet_18", "did you mean 'resnet18'"),
         ("torchvison:resnet18", "did you mean 'torchvision'"),
@@ -187,7 +216,10 @@ def test_a_type_without_trained_weights_says_so() -> None:
     ("function", "message"),
     [
         ("text", "returned a str; it must return a torch.nn.Module"),
-        ("broken", "failed with ZeroDivisionError: division by zero"),
+        ("broken", r"mine\.py:broken failed with ZeroDivisionError: division by zero"),
+        ("ended", r"mine\.py:ended failed with SystemExit: 3"),
+        ("wrong", r"mine\.py:wrong failed with ValueError: the width is 0"),
+        ("", "lacks a function after the colon; write path/to/file.py:function"),
         ("nett", "unknown function 'nett'; did you mean 'net'"),
     ],
 )
@@ -231,7 +263,9 @@ def test_damaged_runs_are_refused(run_folder: tuple[Path, ResNet]) -> None:
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"weights\.safetensors"):
         load_model(str(folder))
-    for text in ("{", "[]", '{"network": {}}', config.read_text().replace('"blocks"', '"block"')):
+    whole = config.read_text()
+    damaged = ['{"network": {}}', *(whole.replace(*change) for change in (('"blocks"', '"block"'), ("0.3", "NaN")))]
+    for text in ("{", "[]", *damaged, whole.replace("0.3", '"a"'), whole.replace('"format": 1', '"format": 99')):
         config.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is damaged or not of a run"):
             load_model(str(folder))

@@ -340,6 +340,20 @@ def test_no_exit_and_no_block_is_evaluated_twice() -> None:
         assert measures["entropy"].values[0, k] == pytest.approx(oracles.entropy(output[0]), rel=1e-5)
 
 
+def test_nothing_agrees_with_an_answer_that_is_none() -> None:
+    """Example 0 is not a number in the end, example 1 at first: early answers of the former are not as in the end."""
+    h = torch.tensor([[1.0, 2.0, 0.0], [torch.inf, 0.0, 1.0], [0.0, 1.0, 2.0]])
+    last = torch.tensor([[torch.nan, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+    stream = Stream(h, (Section("a", lambda h: h, (Block("b", lambda h: last),)),), lambda h: h)
+    for target in (None, torch.tensor([1, 0, 2]), torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]]).bool()):
+        found = readouts(stream, target)
+        for name, expected in (
+            ("agreement", [[math.nan] * 2, [0, 1], [1, 1]]),
+            ("label_change", [[math.nan], [1], [0]]),
+        ):
+            torch.testing.assert_close(found[name].values.double(), torch.tensor(expected).double(), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
 def test_readouts_of_several_labels(dtype: torch.dtype) -> None:
     out = torch.tensor([[2.0, 1.0, 0.5, -1.0], [2.0, -3.0, 0.5, 1.0], [0.0, 0.0, 0.0, 0.0]])

@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Callable
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -238,9 +240,42 @@ def _section(path: Path) -> None:
     frame.assign(section="elsewhere").to_parquet(path / "profile.parquet")
 
 
+def _changed(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Changes the content of a JSON file."""
+
+    def spoil(path: Path) -> None:
+        content = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(change(content) or content))
+
+    return spoil
+
+
+def _provenance(**values: Any) -> Callable[[Path], None]:
+    return _changed("provenance.json", lambda content: content.update(values))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (_changed("history.json", lambda _: [1, 2]), "history.json is not a list of epochs"),
+        (_provenance(network=None), "provenance.json: network must be a dict, is NoneType"),
+        (_provenance(versions=[]), "provenance.json: versions must be a dict, is list"),
+        (_provenance(examples="many"), "provenance.json: examples must be a int, is str"),
+        (_provenance(data=5), "provenance.json: data must be a str, is int"),
+        (
+            _changed("provenance.json", lambda c: c["network"].update(sections={"a": 1})),
+            "network.sections must be a list, is dict",
+        ),
+        (
+            _changed("provenance.json", lambda c: c["network"].update(sections=["a"])),
+            "sections[0] must be a dict, is str",
+        ),
+        (
+            _changed("provenance.json", lambda c: c["network"]["sections"][0].update(blocks=[])),
+            "has blocks of 'section 1' that provenance.json does not name",
+        ),
+        (_changed("indices.json", lambda c: c.update(advice=[1])), "indices.json: advice must be a dict, is list"),
+        (_changed("indices.json", lambda c: c.pop("measured") and None), "indices.json lacks measured"),
         (_remove, "profile.parquet is missing"),
         (_cut, "profile.parquet is not a readable table"),
         (_broken, "indices.json is not readable JSON"),
@@ -259,6 +294,46 @@ def test_refuses_what_is_no_result_and_keeps_the_old_page(tmp_path: Path, spoil,
     assert "\n" not in str(caught.value)
     assert out.read_text() == "the old page"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "page.html"]
+
+
+def test_outputs_that_are_not_finite_come_first_and_are_no_findings(tmp_path: Path) -> None:
+    """All examples: nothing about answers. Some: no loss, whose mean is infinite."""
+    path = folder(tmp_path / "a")
+    frame = pd.read_parquet(path / "profile.parquet")
+    last = (frame.section == "section 3") & (frame.point == 4)
+    for count, left in ((0, set()), (300, {"accuracy", "agreement"})):
+        changed = frame.copy()
+        changed.loc[last & (frame.quantity == "entropy"), ["mean", "count"]] = (0.1 if count else np.nan, count)
+        changed.loc[last & (frame.quantity == "loss"), "mean"] = np.inf
+        if not count:
+            changed.loc[frame.quantity == "agreement", "mean"] = np.nan
+            changed.loc[last & (frame.quantity == "distance_to_last"), "mean"] = np.nan
+        changed.to_parquet(path / "profile.parquet")
+        result = report.read(path)
+        assert result.broken == 500 - count
+        panels = report.one_panels(result)
+        assert panels.keys() & {"accuracy", "agreement", "loss"} == left
+        assert {"step", "cuts"} <= panels.keys()
+        short = squeezed(written(path).text).partition("In short")[2]
+        assert short.startswith(f" The outputs of {500 - count} of 500 examples are not finite (nan or infinite), so")
+        assert not titles.TITLES.keys() & {panel.title for panel in panels.values()}
+
+
+def test_an_axis_of_percentages_has_room() -> None:
+    table = {"angular_distance": {(0, i, 1): Value(1e-9, 0.0, 5) for i in range(3)}}
+    curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)
+    chart = charts.cheapest_cuts("cuts", "angular_distance", curve, label="turn")
+    assert chart["y"]["range"][1] == charts.TINY
+    assert (
+        titles.cuts(table, None, (3,), "") == "Block 1 turns the state least, by less than 0.01\u00a0% of a half turn"
+    )
+
+
+def test_what_is_rounded_away_is_not_said() -> None:
+    table = {"loss": {(0, i, 1): Value(1.12 - 1e-5 * i, 0.0, 5) for i in range(3)}}
+    assert titles.loss(table, None, (2,), "").endswith("which hardly changes from the first (1.12) to the last")
+    table = {"agreement": {(0, i, 1): Value(1.0, 0.0, 5) for i in range(3)}}
+    assert "at least 99\u00a0% of the answers are" in titles.agreement(table, None, (2,), "")
 
 
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:

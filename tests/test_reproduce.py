@@ -27,6 +27,8 @@ def test_names_are_papers_figures_and_claims() -> None:
     assert len(few.jobs) == 4
     with pytest.raises(ValueError, match=r"unknown figure, claim or paper 'p2-33'; did you mean 'p2-3'"):
         choose("tiny", ["p2-33"])
+    with pytest.raises(ValueError, match=r"unknown figure, claim or paper 'p9'; .*; papers: p0, p1, p2, p3"):
+        choose("tiny", ["p9"])
 
 
 def npz(path: Path) -> Path:

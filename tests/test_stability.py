@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from residuum.cli import main
-from residuum.files import OURS
+from residuum.files import FIGURES
 from residuum.layers import tableaus
 from residuum.layers.tableaus import Tableau
 from residuum.stability import (
@@ -116,7 +116,7 @@ def test_the_command_draws_two_figures(tmp_path: Path, capsys: pytest.CaptureFix
         assert path.read_bytes().startswith(b"%PDF")
     assert main(["stability", "--out", str(out)]) == 2
     assert "--force" in capsys.readouterr().err
-    assert {path.name for path in out.iterdir()} <= OURS, "which is what --force may replace"
+    assert {path.name for path in out.iterdir()} == FIGURES, "which is what --force may replace"
 
 
 @pytest.mark.parametrize(

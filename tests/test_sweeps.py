@@ -110,6 +110,7 @@ def study(): return [run]
 def none(): return []
 def twice(): return [run, run]
 def network(): return ResNetConfig((1, 1), (4, 8))
+def one(): return run
 def mistyped():
     return [Run(run.model, run.data, probes=("readout",))]
 def broken(): return 1 / 0
@@ -122,6 +123,7 @@ def broken(): return 1 / 0
         (["FILE:none"], "there are no runs"),
         (["FILE:twice"], "the runs 0 and 1 are equal"),
         (["FILE:network"], "is not a list of runs"),
+        (["FILE:one"], r"^residuum: .{100,210} \.\.\. is not a list of runs; return runs"),
         (["FILE:mistyped"], "unknown probe 'readout'; did you mean 'readouts'"),
         (["FILE:broken"], "failed with ZeroDivisionError"),
         (["FILE:studdy"], "unknown function 'studdy'; did you mean 'study'"),

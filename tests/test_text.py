@@ -94,6 +94,16 @@ def test_batches_are_what_a_decoder_reads(tmp_path: Path) -> None:
         next(text_batches(test, batch=0))
 
 
+class Silent:
+    """What transformers gives for a folder without a tokenizer."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def encode(self, text: str, **options: bool) -> list[int]:
+        return []
+
+
 def test_files_that_do_not_do(tmp_path: Path) -> None:
     path = tmp_path / "play.txt"
     path.write_bytes(b"")
@@ -108,6 +118,9 @@ def test_files_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 0xff at 50\), which the tokenizer reads; convert it"):
         load_text(path, window=2, tokenizer=words())
     assert load_text(path, window=2).train.inputs.max() == 255
+    path.write_text("x" * 100)
+    with pytest.raises(ValueError, match=r"tokenizer \(Silent\) makes no token of the train split; is its own beside"):
+        load_text(path, window=2, tokenizer=Silent())
     with pytest.raises(ValueError, match="window is 0"):
         load_text(path, window=0)
     with pytest.raises(FileNotFoundError, match=r"no such file: .*plya\.txt; did you mean 'play\.txt'\?"):

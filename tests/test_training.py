@@ -239,6 +239,8 @@ def test_what_would_fail_later_is_refused_first(digits: Splits) -> None:
     with pytest.raises(ValueError, match=r"^a step of an epoch has 10 images, of which batch norm would see 1 at a "):
         train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=10, accumulate=4))  # parts of 3, 3, 3 and 1
     train(ResNet(NETWORK), digits, TrainConfig(epochs=1, batch=48, accumulate=3))
+    with pytest.raises(ValueError, match=r"batch norm would see 1 at a time; give more images$"):
+        train(ResNet(NETWORK), digits._replace(train=digits.train.take(1, seed=0)), TrainConfig(epochs=1))
     few = ResNet(ResNetConfig(blocks=(1,), widths=(4,), channels=1, classes=7))
     with pytest.raises(ValueError, match="labels of digits need 10 classes, the network has 7 outputs"):
         train(few, digits, TrainConfig(epochs=1))

@@ -10,6 +10,7 @@ from residuum.readings import Table, Value, number, percent, place, shortened, w
 from residuum.titles import distance
 
 Chart = dict[str, Any]
+TINY = 1e-3  # the least that an axis of percentages spans
 Place = tuple[int, int]  # (section, block or state number)
 
 
@@ -197,7 +198,12 @@ def cheapest_cuts(key: str, quantity: str, curve: Curve, *, label: str) -> Chart
         values = [best[n][1] for n in runs]
         series.append(series_of(curve.sections[s][0], s, list(map(float, runs)), values, hover))
     x = {"kind": "plain", "title": "consecutive blocks taken out", "log": False}
-    return {"id": key, "x": x, "y": {"title": label, "percent": True, "range": None, "log": False}, "series": series}
+    return {
+        "id": key,
+        "x": x,
+        "y": {"title": label, "percent": True, "range": _least(series), "log": False},
+        "series": series,
+    }
 
 
 def depth_ranges(key: str, ranges: Sequence[dict[str, Any]], eps: float) -> Chart:
@@ -270,9 +276,15 @@ def _chart(key: str, axis: Axis, series: list[Chart], label: str, unit: str, spa
     return {
         "id": key,
         "x": x,
-        "y": {"title": title, "percent": unit == "%", "range": span, "log": log},
+        "y": {"title": title, "percent": unit == "%", "range": span or (_least(series) if unit else None), "log": log},
         "series": series,
     }
+
+
+def _least(series: list[Chart]) -> tuple[float, float] | None:
+    """The range of an axis of percentages whose values are all so near to 0 that its ticks would be; else None."""
+    values = [y for line in series for part in ("y", "low", "high") for y in line[part] if y is not None]
+    return (-TINY / 50, TINY) if all(0 <= y < TINY for y in values) else None
 
 
 def spread(series: list[Chart]) -> bool:

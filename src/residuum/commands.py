@@ -422,8 +422,8 @@ def _say(out: Path, loaded: LoadedModel, findings: Findings) -> None:
     depths = {row["section"]: row for row in depth_advice(findings.profile)["sections"]}
     for s, (name, blocks) in enumerate(zip(findings.profile.sections, findings.profile.lengths, strict=True)):
         distances = [_number(found.get("scaled_distance"), s) for found in (measured, initial)]
-        low, high = sorted(depths[name][law] for law in ("fixed_distance", "square_root")) if name in depths else (0, 0)
-        cells = (*distances, f"{low} to {high}") if "scaled_distance" in measured else ()
+        laws = sorted(depths[name][law] for law in ("fixed_distance", "square_root")) if name in depths else ()
+        cells = (*distances, " to ".join(map(str, laws))) if "scaled_distance" in measured else ()
         table.add_row(name, str(blocks), *cells)
     screen.print(table)
     if "final_accuracy" in measured:
@@ -433,7 +433,7 @@ def _say(out: Path, loaded: LoadedModel, findings: Findings) -> None:
     screen.print(f"report: {(out / 'report.html').resolve()}")
 
 
-def _number(index: dict[str, list[float]] | None, section: int) -> str:
+def _number(index: dict[str, Any] | None, section: int) -> str:
     value = index["sections"][section] if index else None
     return "" if value is None else f"{value:.2f}"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from residuum.calls import cuda_devices, output_of, state_of
-from residuum.finding import Seen, find
+from residuum.finding import NAMING, Seen, find
 from residuum.recording import Reached, Recording, Replay, Twin, record
 from residuum.solve import of_the_batch
 from residuum.streams import Block, Section, Stream
@@ -233,7 +233,7 @@ def _refuse(stream: Stream, problem: str) -> None:
     raise ValueError(
         f"cut: the stream is not the model: after a changed first state {problem}. Something besides the state "
         f"goes from earlier blocks to later ones, or the model is random in eval mode.{hint} Blocks tried: "
-        f'"{stream.sections[0].blocks[0].name}" .. "{stream.sections[-1].blocks[-1].name}"; name others with blocks=...'
+        f'"{stream.sections[0].blocks[0].name}" .. "{stream.sections[-1].blocks[-1].name}"; name others: {NAMING}'
     )
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# What a result folder may hold. A folder with anything else in it is somebody's work and is never replaced.
-OURS = frozenset(
+# What the commands write. A folder with anything else in it is somebody's work and is never replaced.
+NETWORK = frozenset({"config.json", "weights.safetensors", "history.json", "provenance.json"})
+RESULT = frozenset(
     {
-        "config.json",
-        "weights.safetensors",
         "history.json",
         "profile.parquet",
         "initial.parquet",
@@ -29,12 +28,9 @@ OURS = frozenset(
         "indices.json",
         "provenance.json",
         "report.html",
-        "phase_plane.png",
-        "phase_plane.pdf",
-        "regions.png",
-        "regions.pdf",
     }
 )
+FIGURES = frozenset({"phase_plane.png", "phase_plane.pdf", "regions.png", "regions.pdf"})
 PARTIAL = ".partial-"
 
 
@@ -51,12 +47,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path = Path(path).resolve()
     temporary = _beside(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
-        write(temporary)
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, path)
+        with _naming(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
+            write(temporary)
+            temporary.chmod(mode)
+            _flush(temporary)
+            os.replace(temporary, path)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
@@ -123,7 +120,9 @@ def restore_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, writes: frozenset[str], replace: bool = False, reads: Sequence[Path | str | None] = ()
+) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the `with` block ends well, and is removed when it does not.
 
     It is made at once, so a place that cannot be written is refused before the work. With `replace`, the old folder
@@ -131,7 +130,9 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: The folder to make.
-        replace: Replace a folder that residuum wrote. A folder that holds other files is never replaced.
+        writes: Names of the files that may be written into it.
+        replace: Replace a folder that holds such files. One that holds others is never replaced.
+        reads: What the new content is made from, which is never replaced.
 
     Yields:
         The folder to write into.
@@ -141,30 +142,44 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         OSError: If it cannot be made.
     """
     path = Path(path).resolve()
-    _check_free(path, replace)
+    if any(given and Path(given).resolve() == path for given in reads):
+        raise FileExistsError(f"{path} is what the command reads; choose another output folder")
+    _check_free(path, writes, replace)
     for parent in path.parents:
         if parent.is_file():
             raise NotADirectoryError(f"{parent} is a file, so {path} cannot be made; choose another output folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    temporary.mkdir()
+    with _naming(path):
+        temporary.mkdir()
     try:
         yield temporary
         _flush(temporary)
-        _check_free(path, replace)
+        _check_free(path, writes, replace)
         _take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(path: Path, replace: bool) -> None:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the system says about a temporary name, said about the path that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and PARTIAL not in str(error.filename)):
+            raise
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_free(path: Path, writes: frozenset[str], replace: bool) -> None:
     """Refuse a path that exists, unless it may be replaced."""
     if not path.exists():
         return
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file; choose another output folder")
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL))
-    strangers = [name for name in names if name not in OURS]
+    strangers = [name for name in names if name not in writes]
     if strangers:
         raise FileExistsError(f"{path} exists and holds other files ({strangers[0]}); choose another output folder")
     if names and not replace:

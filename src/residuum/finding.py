@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from residuum.calls import call_model, state_of, state_slot
 
+NAMING = "blocks=... in Python, --blocks on the command line"
+
 
 @dataclass(eq=False)
 class Seen:
@@ -59,7 +61,7 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
     chosen = [call for call in chosen if not any(outer in chosen for outer in call.around)]
     if not any(call.keeps for call in chosen):
         raise ValueError(
-            f"cut: no call of blocks={tuple(blocks or ())} keeps the shape of its state.\n{_candidates(seen)}"
+            f"cut: no call of the blocks {', '.join(blocks or ())} keeps the shape of its state.\n{_candidates(seen)}"
         )
     for call in chosen:
         if call.changed:
@@ -103,7 +105,7 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
         matching = {n: m for n, m in modules.items() if re.fullmatch(form, n)}
         if not matching:
             near = get_close_matches(pattern, modules, 3) or list(modules)[1:6]
-            raise ValueError(f"blocks names {pattern!r}, which {type(model).__name__} does not have; near: {near}")
+            raise ValueError(f"the block {pattern!r} is no module of {type(model).__name__}; near: {', '.join(near)}")
         found |= matching
     return found
 
@@ -186,6 +188,7 @@ def _candidates(seen: list[Seen]) -> str:
         name, keeping, calls = rows.get(kind, (call.name, 0, 0))
         rows[kind] = (name, keeping + call.keeps, calls + 1)
     listed = [f'  {kind} ("{n}"): {c} calls, {k} keep the shape' for kind, (n, k, c) in list(rows.items())[:8]]
-    return "\n".join(
-        ["Candidates:", *(listed or ["  none"]), 'Name the blocks yourself: cut(model, x, blocks=("part.*", ...)).']
-    )
+    if not listed:
+        return "No module that has parts was called, so there are only single layers to name."
+    how = f'Name the blocks yourself: {NAMING}, e.g. "part.*" for all modules in part.'
+    return "\n".join(["Candidates:", ";\n".join(listed) + ".", how])

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import pandas
 
 COLUMNS = ("quantity", "section", "point", "length", "mean", "stderr", "count")
-NEEDED = ("title", "model", "weights", "data", "split", "examples", "loss", "seed", "command", "created", "versions")
-NEEDED_OF_NETWORK = ("class", "sections")
+TEXTS = ("title", "model", "weights", "data", "split", "loss", "command", "created")
+ABOUT = dict.fromkeys(TEXTS, str) | {"examples": int, "seed": int, "versions": dict, "network": dict, "notes": list}
+NETWORK = {"class": str, "sections": list}
+SECTION = {"name": str, "blocks": list, "passed": list}
+ADVICE = {"eps": float, "sentence": str, "sections": list}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Result:
         groups: The values of "borderline", "correct" and "all" examples; empty where no margins were measured.
         infinite: Quantities with the points where their mean is infinite, because some example's is.
         own_branch: True if all updates are the blocks' own branches, False if some are differences of states.
+        broken: How many examples have an output that is not finite. If it is so for all, nothing is here that says
+            something of answers, nor any quantity that is not finite somewhere; for some, no loss.
     """
 
     label: str
@@ -47,6 +52,7 @@ class Result:
     groups: dict[str, Table]
     infinite: dict[str, set[tuple[int, int, int]]]
     own_branch: bool
+    broken: int
 
     @property
     def sections(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -82,30 +88,61 @@ def read(folder: Path) -> Result:
     if not folder.is_dir():
         raise ValueError(f"report: {folder} is not a folder; give folders that residuum probe, train or demo wrote")
     about, indices = _json(folder, "provenance.json"), _json(folder, "indices.json")
-    missing = [name for name in (*NEEDED, "network") if name not in about]
-    missing += [f"network.{name}" for name in NEEDED_OF_NETWORK if name not in about.get("network", {})]
-    if missing:
-        raise ValueError(f"report: {folder / 'provenance.json'} lacks {', '.join(missing)}; probe the model again")
-    names = [part["name"] for part in about["network"]["sections"]]
-    frame = _frame(folder, "profile.parquet", names)
+    lengths = _checked(folder, about, indices)
+    names = list(lengths)
+    frame = _frame(folder, "profile.parquet", lengths)
     beside = {
-        name: _table(_frame(folder, f"{name}.parquet", names), names) if (folder / f"{name}.parquet").exists() else None
+        name: _table(_frame(folder, f"{name}.parquet", lengths), names)
+        if (folder / f"{name}.parquet").exists()
+        else None
         for name in ("initial", "shuffled")
     }
     history = _json(folder, "history.json", list) if (folder / "history.json").exists() else []
+    if not all(isinstance(row, dict) for row in history):
+        raise _incomplete(folder, "history.json", "is not a list of epochs")
+    broken = _broken(frame, names, about["examples"])
+    lost = broken == about["examples"]
     return Result(
-        label=str(about["title"]),
+        label=about["title"],
         about=about,
-        trained=_table(frame, names),
+        trained=_telling(_table(frame, names), frame, broken, lost=lost),
         initial=beside["initial"],
         initial_reason=str(indices.get("initial_reason") or "it was not measured"),
-        indices=indices,
+        indices={key: value for key, value in indices.items() if not (lost and "convergence" in key)},
         history=history,
         shuffled=beside["shuffled"],
-        groups=_groups(folder, names),
+        groups={} if lost else _groups(folder, lengths),
         infinite=_infinite(frame, names),
         own_branch=not ("update" in frame and (frame["update"] == "after - before").any()),
+        broken=broken,
     )
+
+
+def _checked(folder: Path, about: dict[str, Any], indices: dict[str, Any]) -> dict[str, int]:
+    """Blocks by section, of a folder whose JSON files hold what the page reads."""
+    path = folder / "provenance.json"
+    _typed(path, about, ABOUT)
+    _typed(path, about["network"], NETWORK, "network.")
+    lengths = {}
+    for number, section in enumerate(about["network"]["sections"]):
+        _typed(path, {f"sections[{number}]": section}, {f"sections[{number}]": dict}, "network.")
+        _typed(path, section, SECTION, f"network.sections[{number}].")
+        lengths[section["name"]] = len(section["blocks"])
+    _typed(folder / "indices.json", indices, {"measured": dict})
+    if indices.get("advice"):
+        _typed(folder / "indices.json", indices, {"advice": dict})
+        _typed(folder / "indices.json", indices["advice"], ADVICE, "advice.")
+    return lengths
+
+
+def _typed(path: Path, content: dict[str, Any], kinds: dict[str, type], place: str = "") -> None:
+    missing = [place + name for name in kinds if name not in content]
+    if missing:
+        raise ValueError(f"report: {path} lacks {', '.join(missing)}; probe the model again")
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            what = f"{place}{name} must be a {kind.__name__}, is {type(content[name]).__name__}"
+            raise ValueError(f"report: {path}: {what}; probe the model again")
 
 
 def _json(folder: Path, name: str, kind: type = dict) -> Any:
@@ -127,7 +164,7 @@ def _incomplete(folder: Path, name: str, what: str) -> ValueError:
     )
 
 
-def _frame(folder: Path, name: str, sections: Sequence[str]) -> "pandas.DataFrame":
+def _frame(folder: Path, name: str, lengths: dict[str, int]) -> "pandas.DataFrame":
     """The rows of a table; only quantities, sections and points that the page can place."""
     import pandas as pd
 
@@ -140,9 +177,15 @@ def _frame(folder: Path, name: str, sections: Sequence[str]) -> "pandas.DataFram
     lacking = [column for column in COLUMNS if column not in frame]
     if lacking or frame.empty:
         raise _incomplete(folder, name, f"lacks {', '.join(lacking)}" if lacking else "has no rows")
-    strange = sorted(set(frame["section"]) - set(sections))
+    strange = sorted(set(frame["section"]) - set(lengths))
     if strange:
         raise _incomplete(folder, name, f"has a section {strange[0]!r} that provenance.json does not name")
+    further = frame["quantity"].str.startswith("unroll")  # steps after the last block
+    beyond = frame.loc[~further & (frame["point"] > frame["section"].map(lengths))]
+    if not beyond.empty:
+        raise _incomplete(
+            folder, name, f"has blocks of {beyond['section'].iloc[0]!r} that provenance.json does not name"
+        )
     return frame
 
 
@@ -167,11 +210,27 @@ def _infinite(frame: "pandas.DataFrame", sections: Sequence[str]) -> dict[str, s
     return found
 
 
-def _groups(folder: Path, sections: Sequence[str]) -> dict[str, Table]:
+def _broken(frame: "pandas.DataFrame", sections: Sequence[str], examples: int) -> int:
+    """How many examples have no entropy at the end, because their output is not finite; 0 where it was not measured."""
+    counts = frame.loc[frame["quantity"] == "entropy", ["section", "point", "count"]].itertuples(index=False)
+    ends = [(sections.index(section), point, count) for section, point, count in counts]
+    return examples - int(max(ends)[2]) if ends else 0
+
+
+def _telling(table: Table, frame: "pandas.DataFrame", broken: int, *, lost: bool) -> Table:
+    """The values that still say something where outputs are not finite."""
+    if not lost:
+        return {quantity: values for quantity, values in table.items() if not (broken and quantity == "loss")}
+    finite = frame["mean"].abs() < math.inf
+    without = set(frame.loc[~finite, "quantity"])
+    return {q: values for q, values in table.items() if q not in without and not q.endswith(("accuracy", "chance"))}
+
+
+def _groups(folder: Path, lengths: dict[str, int]) -> dict[str, Table]:
     """The tables of groups of examples, by name."""
     if not (folder / "groups.parquet").exists():
         return {}
-    frame = _frame(folder, "groups.parquet", sections)
+    frame = _frame(folder, "groups.parquet", lengths)
     if "group" not in frame:
         raise _incomplete(folder, "groups.parquet", "lacks group")
-    return {str(name): _table(rows, sections) for name, rows in frame.groupby("group")}
+    return {str(name): _table(rows, list(lengths)) for name, rows in frame.groupby("group")}

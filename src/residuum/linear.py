@@ -220,11 +220,8 @@ def norms(x: Float[Tensor, "example n"]) -> Float[Tensor, " example"]:
 
     In float32 that is so for entries above 1e19 and below 1e-22, in float16 for rows longer than 65504.
     """
-    size = torch.linalg.vector_norm(x, dim=1).double()
-    least = torch.finfo(x.dtype).tiny ** 0.5
-    if not len(size):
-        return size
-    low, high = torch.aminmax(size)
+    size, least = torch.linalg.vector_norm(x, dim=1).double(), torch.finfo(x.dtype).tiny ** 0.5
+    low, high = torch.aminmax(size) if len(size) else (size.new_ones(()), size.new_ones(()))
     if least < low.item() and high.item() < math.inf:
         return size
     odd = ~((size > least) & (size < math.inf))  # these rows alone: what a row gives must not depend on the others

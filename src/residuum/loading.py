@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from residuum.zoos import ZOOS, Found, Reads, find
 
 FORMS = ("RUN_FOLDER", "torchvision:NAME", "timm:NAME", "hf:NAME", "path/to/file.py:function")
 NETWORK = (ResNetConfig, Sharing, Limit, *STEPS)  # what a network of ours is described by
+FORMAT = 1  # of config.json
 BARE = ("resnet18", "resnet50", "vit_b_16", "vit_tiny_patch16_224")  # names that people type without their source
 
 
@@ -62,20 +65,22 @@ def load_model(name: str, *, weights: str = "pretrained", classes: int | None = 
         weights: "pretrained" (for a run folder and a function: as they are), "random", or a file "FILE.safetensors".
         classes: Outputs of a network with random weights, and of one whose weights file does not fit its usual number
             of outputs; None is the network's usual number.
-        seed: Seed of random weights.
+        seed: Seed of random weights, and of torch's generator while a function runs.
 
     Raises:
         ValueError: If a name is unknown (the nearest are offered), a package is missing, or the weights do not fit.
         FileNotFoundError: If a file or folder is not there.
     """
     _check_weights(weights)
+    if not name:
+        raise ValueError(f"no model given; a model is one of {', '.join(FORMS)}")
     kind, _, rest = name.partition(":")
     if Path(name).is_dir():
         loaded = _run(Path(name), weights, seed)
     elif kind in ZOOS and rest:
         loaded = _of_a_zoo(kind, rest, weights, classes, seed)
     elif name.rpartition(":")[0].endswith(".py"):
-        loaded = _function(name, weights)
+        loaded = _function(name, weights, seed)
     else:
         raise _unknown_model(name)
     loaded.model.eval()
@@ -105,7 +110,7 @@ def save_run(
         )
     write_atomically(folder / "weights.safetensors", lambda path: save_file(stored(model), path))
     content = {
-        "format": 1,
+        "format": FORMAT,
         "network": described(model.config),
         "preparation": asdict(preparation),
         "classes": classes,
@@ -181,8 +186,10 @@ def _run(folder: Path, weights: str, seed: int) -> LoadedModel:
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json (residuum train writes one)")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this version of residuum reads {FORMAT}")
         config = _network(content["network"])
-        preparation = Preparation(**{key: _tupled(value) for key, value in content["preparation"].items()})
+        preparation = _preparation(content["preparation"])
         classes, origin = tuple(map(str, content["classes"])), trained_on(content.get("training"))
         model = ResNet(config, seed=seed)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -212,6 +219,14 @@ def _network(written: dict[str, Any]) -> ResNetConfig:
     return rebuilt({"kind": ResNetConfig.__name__} | written | named, NETWORK)
 
 
+def _preparation(written: dict[str, Any]) -> Preparation:
+    """The preparation of pixels that a config.json describes."""
+    numbers = [written["white"], *written["mean"], *written["std"]]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"white, mean and std of its preparation must be finite numbers, they are {numbers}")
+    return Preparation(**{key: _tupled(value) for key, value in written.items()})
+
+
 def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -231,28 +246,33 @@ def returned(name: str) -> Any:
         raise ValueError(f"{name!r} names no function; write path/to/file.py:function")
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such file: {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if not function:
+        raise ValueError(f"{name!r} lacks a function after the colon; write path/to/file.py:function")
+    path, folder = Path(file).resolve(), str(Path(file).resolve().parent)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))
+    sys.modules[spec.name] = module  # where dataclasses and torch.compile look it up; no package has such a name
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-        make = getattr(module, function, None)
-        if not callable(make):
-            raise unknown("function", function, [key for key, value in vars(module).items() if callable(value)])
-        return make()
-    except ValueError:
-        raise
-    except Exception as error:  # the user's own code: any error of it is shown as its, in one line
-        raise ValueError(f"{name} failed with {type(error).__name__}: {error}") from error
+        if callable(make := getattr(module, function, None)):
+            return make()
+    except (Exception, SystemExit) as error:  # the user's own code: any error of it is shown as its, in one line
+        del sys.modules[spec.name]
+        raise ValueError(f"{name} failed with {type(error).__name__}: {one_line(error)}") from error
     finally:
-        sys.path.pop(0)
+        if folder in sys.path:
+            sys.path.remove(folder)
+    raise unknown("function", function, [key for key, value in vars(module).items() if callable(value)])
 
 
-def _function(name: str, weights: str) -> LoadedModel:
+def _function(name: str, weights: str, seed: int) -> LoadedModel:
     """What a function in a file of the user's returns. This runs the file."""
     if weights == "random" and Path(name.rpartition(":")[0]).is_file():
         raise ValueError(f"{name} decides about its weights; name a function that returns random ones")
-    model = returned(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = returned(name)
     function = name.rpartition(":")[2]
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it must return a torch.nn.Module")

@@ -22,12 +22,12 @@ def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
         An error to raise: `unknown probe 'pair'; did you mean 'pairs'? known: pairs, readouts`.
     """
     known = list(known)
-    every = f"known: {', '.join(known)}" if len(known) <= 20 else ""
+    every = f"known: {', '.join(known)}" if len(known) <= 30 else ""
     advice = " ".join(part for part in (nearest(given, known), every) if part)
     return ValueError(f"unknown {what} {given!r}; {advice or f'none of the {len(known)} known names is near'}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The beginning of an error's text, in one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} ..."

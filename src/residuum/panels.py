@@ -34,7 +34,7 @@ def one_panels(result: Result) -> dict[str, Panel]:
     }
     found |= _further(curves) | _changes(result, curves) | _losses(result) | _groups(result) | _epochs(result)
     advice = [row for row in result.advice.get("sections", []) if row["fixed_distance"] > 0]
-    if advice:
+    if advice and "scaled_perturbation" in result.trained:
         eps = result.advice["eps"]
         found["depth"] = Panel(charts.depth_ranges("depth", advice, eps), titles.depth(advice, eps))
     if result.history and "test_accuracy" in result.history[-1]:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from residuum.cutting import cut, cut_all
+from residuum.cutting import cut_all
 from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, batches, text_batches
+from residuum.fitting import channels_of, check, labels_of, run_once
 from residuum.loading import LoadedModel
 from residuum.names import one_line, unknown
 from residuum.nulls import calibrate_, null_is_reset, null_model
@@ -24,7 +25,6 @@ from residuum.probes import (
     interventions,
     lipschitz,
     margins,
-    misfit,
     pairs,
     passive,
     perturbation,
@@ -159,7 +159,8 @@ def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Pre
         mean, std = IMAGENET
     elif config.normalise == "model" and reads.mean is not None:
         mean, std = reads.mean, reads.std
-    channels = _channels(loaded.model) or len(mean)
+    size = reads.size if config.size is None else (config.size, config.size)
+    channels = channels_of(loaded.model, data.images[:1], size) or len(mean)
     if len(mean) == 1:
         mean, std = mean * channels, std * channels
     if len(mean) != channels:
@@ -167,7 +168,6 @@ def prepare_for(loaded: LoadedModel, data: ImageSet, config: ProbeConfig) -> Pre
             f"{loaded.name} reads {channels} channels, the images have {len(mean)} "
             "(the images of an npz file are [N, row, column, channel])"
         )
-    size = reads.size if config.size is None else (config.size, config.size)
     return Preparation(own.white, mean, std, size)
 
 
@@ -197,7 +197,7 @@ def probe(
             message says why.
     """
     about_shuffled = _about_shuffled(loaded, shuffled)
-    _check_kind(loaded, data.test)
+    check(loaded, data.test)
     if isinstance(data.test, TextSet):
         give, about_input = partial(text_batches, device=config.device), ""
     else:
@@ -205,8 +205,8 @@ def probe(
         give = partial(batches, preparation=preparation, device=config.device, dtype=config.dtype)
         about_input = _about_images(loaded, data.test, preparation, config)
     model = loaded.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
-    stream, output = _try(loaded, give(data.test.take(2, seed=0), batch=2), config)
-    labelled, about_labels = _labels(loaded, data.test, output)
+    stream, output = run_once(loaded, give(data.test.take(2, seed=0), batch=2), config.blocks)
+    labelled, about_labels = labels_of(loaded, data.test, output)
     probes = choose(config.probes)
     if not labelled and probes.keys() <= LABELLED.keys():
         raise ValueError(f"nothing to measure: {', '.join(probes)} need labels; {about_labels}")
@@ -280,19 +280,6 @@ def _measure(
     return found, set(lost), lines
 
 
-def _check_kind(loaded: LoadedModel, data: ImageSet | TextSet) -> None:
-    """Refuse images for a network that reads text, text for one that reads images, tokens that it does not know."""
-    reads_text = getattr(loaded.model, "main_input_name", "") == "input_ids"
-    if reads_text and not isinstance(data, TextSet):
-        raise ValueError(f"{loaded.name} reads text, not images; give --data FILE.txt")
-    if isinstance(data, TextSet):
-        if not reads_text:
-            raise ValueError(f"{loaded.name} reads images, not text; give --data digits or FILE.npz")
-        known = loaded.model.get_input_embeddings().num_embeddings
-        if data.classes > known:
-            raise ValueError(f"{data.name} has {data.classes} different tokens, {loaded.name} knows {known}")
-
-
 def _about_shuffled(loaded: LoadedModel, shuffled: LoadedModel | None) -> str:
     """How the two were trained, where it differs; "" without the second. Refuses what cannot be compared."""
     if shuffled is None:
@@ -339,45 +326,6 @@ def _shown(given: Iterator[tuple[Tensor, Tensor]], bar: Bar, title: str, total: 
             yield x, y
             done += len(y)
             show(done, "")
-
-
-def _try(loaded: LoadedModel, given: Iterator[tuple[Tensor, Tensor]], config: ProbeConfig) -> tuple[Stream, Tensor]:
-    """The stream and the output of a few images, so that what does not fit is refused before the work."""
-    x, _ = next(given)
-    try:
-        with torch.no_grad():
-            stream = cut(loaded.model, x, config.blocks or None)
-            return stream, stream.run(keep=False).output
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a network, perhaps of the user's file, says to a wrong shape
-        shape = list((x["input_ids"] if isinstance(x, dict) else x).shape[1:])
-        advice = "--window" if isinstance(x, dict) else "--size"
-        raise ValueError(
-            f"{loaded.name} does not run on examples of shape {shape}: {type(error).__name__}: {error}; "
-            f"try another {advice}"
-        ) from error
-
-
-def _labels(loaded: LoadedModel, data: ImageSet | TextSet, output: Tensor) -> tuple[bool, str]:
-    """Whether the labels are those of the network's outputs, and a line about it."""
-    skipped = "measures with labels are skipped"
-    if isinstance(data, TextSet):
-        reason = misfit(output, data.targets[: len(output)])
-        return not reason, f"{reason}: {skipped}" if reason else ""
-    if output.ndim != 2 or output.shape[1] != len(data.classes):
-        return (
-            False,
-            f"{loaded.name} has outputs {list(output.shape[1:])}, {data.name} {len(data.classes)} classes: {skipped}",
-        )
-    if loaded.classes is not None and loaded.classes != data.classes:
-        return False, f"the classes of {loaded.name} are not those of {data.name}: {skipped}"
-    reason = misfit(output, data.labels[: len(output)])
-    if reason:
-        return False, f"{reason}: {skipped}"
-    if loaded.classes is None and not loaded.fresh:
-        return True, "the network does not name its classes; they are taken to be in the order of the data's"
-    return True, ""
 
 
 def _about_images(loaded: LoadedModel, data: ImageSet, preparation: Preparation, config: ProbeConfig) -> str:
@@ -430,11 +378,6 @@ def _about_states(places: dict[str, int], examples: int) -> list[str]:
         f"the states of {sum(places.values())} of {examples} examples are not finite, "
         f"first after {place} in {count} of them{more}"
     ]
-
-
-def _channels(model: nn.Module) -> int | None:
-    """Channels that the first convolution reads; None if there is none."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
 
 
 def _describe(model: nn.Module, stream: Stream) -> dict[str, Any]:

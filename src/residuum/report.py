@@ -18,6 +18,8 @@ from residuum.panels import many_panels, one_panels, tables
 from residuum.rates import RATES
 from residuum.readings import cosine, listed, number, percent
 
+MARK = b'<meta name="generator" content="residuum">'  # of every page
+
 
 def write(folders: Sequence[Path], out: Path) -> None:
     """Write one page about one result, or one page that compares several.
@@ -34,6 +36,26 @@ def write(folders: Sequence[Path], out: Path) -> None:
         raise ValueError("report: no result folder given; make one with: residuum probe MODEL --data D --out DIR")
     page = render(_labelled([read(Path(folder)) for folder in folders], [Path(folder) for folder in folders]))
     write_atomically(Path(out), lambda path: path.write_text(page, encoding="utf-8") and None)
+
+
+def check_free(out: Path, *, replace: bool) -> None:
+    """Refuse a place where no page can be written; only pages of residuum are replaced.
+
+    Raises:
+        ValueError: If the name does not end in .html.
+        FileNotFoundError: If its folder is not there.
+        FileExistsError: If something is there that may not be replaced.
+    """
+    if out.suffix.lower() != ".html":
+        raise ValueError(f"{out} is no name of a page; write --out FILE.html")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is no folder; make it first, or choose another place for {out.name}")
+    if not out.exists():
+        return
+    if not out.is_file() or MARK not in out.read_bytes()[:10_000]:
+        raise FileExistsError(f"{out} exists and is no page of residuum; choose another file")
+    if not replace:
+        raise FileExistsError(f"{out} exists; choose another file, or replace it with --force")
 
 
 def _labelled(results: list[Result], folders: list[Path]) -> list[Result]:

@@ -60,7 +60,8 @@ def choose(scale: str, ids: Sequence[str]) -> Choice:
         known |= {part.id: (part,) for part in known[study.paper]}
     for name in ids:
         if name not in known:
-            raise unknown("figure, claim or paper", name, known)
+            error = unknown("figure, claim or paper", name, known)
+            raise ValueError(f"{error}; papers: {', '.join(experiments.PAPERS)}")
     wanted = [part for name in ids or [study.paper for study in studies] for part in known[name]]
     return Choice(scale, studies, tuple({part.id: part for part in wanted}.values()))
 

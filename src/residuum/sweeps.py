@@ -157,7 +157,7 @@ def checked(jobs: Any) -> list[Job]:
         ValueError: If there are none, two are equal, or something is not a run.
     """
     if not isinstance(jobs, Iterable):
-        raise ValueError(f"{jobs!r} is not a list of runs; return runs, e.g. grid(...)")
+        raise ValueError(f"{_short(jobs)} is not a list of runs; return runs, e.g. grid(...)")
     jobs = list(jobs)
     if not jobs:
         raise ValueError("there are no runs")

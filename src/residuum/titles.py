@@ -83,7 +83,7 @@ def accuracy(trained: Table, initial: Table | None, lengths: Lengths, before: st
 
 def agreement(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
     """Of the chart of agreement with the final answer."""
-    good, late = "99\u00a0% of the answers are the final ones", "The last block still changes answers"
+    good, late = "at least 99\u00a0% of the answers are the final ones", "The last block still changes answers"
     return _settling(trained, lengths, "agreement", good, f"{late}: more than 1\u00a0% of them")
 
 
@@ -105,7 +105,10 @@ def loss(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     steps = [values[s, i + 1, n].mean - value.mean for (s, i, n), value in values.items() if (s, i + 1, n) in values]
     first, last = values[min(values)].mean, values[max(values)].mean
     falls = sum(change < 0 for change in steps)
-    return f"{falls} of {len(steps)} blocks lower the loss of an early exit, from {number(first)} to {number(last)}"
+    text = f"{falls} of {len(steps)} blocks lower the loss of an early exit"
+    if number(first) == number(last):
+        return f"{text}, which hardly changes from the first ({number(first)}) to the last"
+    return f"{text}, from {number(first)} to {number(last)}"
 
 
 def angle(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
@@ -141,7 +144,8 @@ def cuts(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     """Of the chart of runs of consecutive blocks."""
     singles = {key: value.mean for key, value in trained["angular_distance"].items() if key[2] == 1}
     (section, index, _), least = min(singles.items(), key=lambda item: item[1])
-    return f"Block {place(section, index, lengths)} turns the state least, by {percent(least)} of a half turn"
+    size = "by less than 0.01\u00a0% of" if least < 1e-4 else f"by {percent(least)} of"
+    return f"Block {place(section, index, lengths)} turns the state least, {size} a half turn"
 
 
 def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:

@@ -372,10 +372,10 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
         for own in (images // group.size, -(-images // group.size)):
             size = _part(own, config.accumulate)
             if 1 in (size, own % size):
+                other = f"choose another batch ({config.batch}) or accumulate ({config.accumulate})"
                 raise ValueError(
                     f"{'the last' if images == last else 'a'} step of an epoch has {images} images, of which batch "
-                    f"norm would see 1 at a time; choose another batch ({config.batch}) or accumulate "
-                    f"({config.accumulate})"
+                    f"norm would see 1 at a time; {other if len(data.train) > 1 else 'give more images'}"
                 )
     if loss is not label_loss:
         return
@@ -397,7 +397,7 @@ def _part(images: int, parts: int) -> int:
 
 def _about(job: "Job", loss: Loss) -> dict[str, Any]:
     """What a checkpoint must have in common with a training that goes on from it."""
-    about = job.config.describe() | here(job.group.size, job.device)
+    about = job.config.describe() | here(job.group.size, job.device) | {"labels": job.data.train.labelling}
     about |= {f"{name} images": split.fingerprint() for name, split in job.data._asdict().items()}
     about["loss"] = f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
     about["network"] = repr(getattr(job.model, "config", type(job.model).__name__))

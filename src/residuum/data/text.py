@@ -75,7 +75,7 @@ def load_text(path: Path, *, window: int = 128, tokenizer: Any = None) -> TextSp
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is empty, a split has fewer tokens than one window and the token that comes next, or the
-            text is not UTF-8 and a tokenizer is given.
+            text is not UTF-8, or makes no tokens, and a tokenizer is given.
     """
     path = Path(path)
     if window < 1:
@@ -95,6 +95,11 @@ def load_text(path: Path, *, window: int = 128, tokenizer: Any = None) -> TextSp
     sets = []
     for split, part in zip(TextSplits._fields, (text[:cut], text[cut:]), strict=True):
         tokens = part if tokenizer is None else tokenizer.encode(part, add_special_tokens=False, verbose=False)
+        if part and not tokens:
+            raise ValueError(
+                f"{path}: the model's tokenizer ({type(tokenizer).__name__}) makes no token of the {split} split; "
+                "is its own beside its weights (tokenizer.json)?"
+            )
         if len(tokens) <= window:
             raise ValueError(
                 f"{path}: the {split} split has {len(tokens)} tokens, a window of {window} needs {window + 1}; "

@@ -191,7 +191,7 @@ class Reader:
         return torch.full((len(output),), 1 / classes)
 
     def same(self, a: Tensor, b: Tensor) -> Float[Tensor, " example"]:
-        """1 where an answer is the same as that of the network, `b`, else 0; nan where that is none; means of tokens."""
+        """1 where two answers are the same, else 0, nan where `b` is none; a mean over the tokens that count."""
         same, none = (a == b).float(), b < 0
         if self.several:
             same, none = same.amin(1), none.any(1)
