@@ -205,6 +205,24 @@ def test_number_formats(trained: Path, dtype: str, tmp_path: Path) -> None:
     assert read(out, "provenance.json")["dtype"] == dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_that_are_rounding_are_told(dtype: str, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(
+        "from torch import nn\n"
+        "class Cell(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.conv = nn.Conv2d(1, 1, 3, padding=1)\n"
+        "    def forward(self, h):\n        return h + 1e-3 * self.conv(h)\n"
+        "def net():\n    return nn.Sequential(Cell(), Cell(), nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    out = tmp_path / "out"
+    command = ["probe", f"{tmp_path / 'small.py'}:net", "--data", "digits", "--out", str(out), "--limit", "10"]
+    assert main([*command, "--dtype", dtype, "--no-initial", "--probes", "perturbation"]) == 0
+    told = any(
+        "of 2 of 2 blocks, differences of rounded states" in note for note in read(out, "provenance.json")["notes"]
+    )
+    assert told == (dtype == "bfloat16")
+
+
 def test_multi_hot_data_from_training_to_report(tmp_path: Path) -> None:
     labels = np.eye(3, dtype=np.uint8)[np.arange(12) % 3] | np.eye(3, dtype=np.uint8)[0]
     data = str(write_npz(tmp_path / "x.npz", train_labels=labels, test_labels=labels[:6]))

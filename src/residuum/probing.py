@@ -250,6 +250,7 @@ def probe(
         *about_found,
         _about_outputs(found),
         _about_entries(found),
+        _about_rounding(found, config.dtype),
         about_null,
     )
     others = [f"at initialisation: {line}" for line in about_initial]
@@ -366,6 +367,21 @@ def _about_entries(found: Profile) -> str:
     """Which blocks dropping does not leave out; "" if none, or if blocks were not dropped."""
     remark = found.about.get("drop_agreement", "")
     return f"dropping blocks: {remark}" if remark else ""
+
+
+def _about_rounding(found: Profile, dtype: torch.dtype) -> str:
+    """Which updates are rounding, being differences of states in few digits; "" if none."""
+    steps = found.measures.get("scaled_perturbation")
+    if steps is None or steps.update != "after - before" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    least = torch.finfo(dtype).eps
+    small = int((found.mean("scaled_perturbation") < least).sum())
+    if not small:
+        return ""
+    return (
+        f"in {str(dtype).removeprefix('torch.')} the updates of {small} of {len(steps.points)} blocks, differences of "
+        f"rounded states and below {least:.2g} of their length, are rounding in good part; measure in float32"
+    )
 
 
 def _about_states(places: dict[str, int], examples: int) -> list[str]:
