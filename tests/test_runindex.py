@@ -21,7 +21,7 @@ from residuum.runscreen import _varying
 from residuum.training import TrainConfig
 
 BASE = Run(
-    ResNetConfig(blocks=(1, 1), widths=(4, 4), channels=1, alike=1.0),
+    ResNetConfig(blocks=(1, 2), widths=(4, 4), channels=1, alike=1.0),
     DataConfig("digits", train=40, test=20),
     TrainConfig(epochs=1, batch=20),
     probes=("perturbation",),
@@ -252,7 +252,7 @@ def test_each_difference_is_shown_once() -> None:
 def test_two_runs_side_by_side(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(study), "--compare", BASE.key[:6], DEEPER.key]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["model.blocks", "[1,", "1]", "[2,", "1]"] in rows
+    assert ["model.blocks", "[1,", "2]", "[2,", "1]"] in rows
     assert ["seed", "0", "1", "+1"] in rows
     accuracy = [table(study).set_index("key").loc[run.key, "history.test_accuracy"] for run in (BASE, DEEPER)]
     assert any(row[:1] == ["history.test_accuracy"] for row in rows) == (accuracy[0] != accuracy[1])

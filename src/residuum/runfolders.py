@@ -73,7 +73,8 @@ def prepare(out: Path) -> Path:
         if not os.access(out / "runs", os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except PermissionError as error:
-        raise PermissionError(f"{out} cannot be written ({error.strerror}); choose another folder") from error
+        why = os.strerror(errno.EACCES)
+        raise PermissionError(f"{out} cannot be written ({why}); choose another folder") from error
     return out / "runs"
 
 
