@@ -121,7 +121,11 @@ def restore_(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def new_folder(
-    path: Path, *, writes: frozenset[str], replace: bool = False, reads: Sequence[Path | str | None] = ()
+    path: Path,
+    *,
+    writes: frozenset[str] = frozenset(),
+    replace: bool = False,
+    reads: Sequence[Path | str | None] = (),
 ) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the `with` block ends well, and is removed when it does not.
 
@@ -130,8 +134,8 @@ def new_folder(
 
     Args:
         path: The folder to make.
-        writes: Names of the files that may be written into it.
-        replace: Replace a folder that holds such files. One that holds others is never replaced.
+        writes: Names of the files that a folder to be replaced may hold.
+        replace: Replace such a folder. One that holds other files is never replaced.
         reads: What the new content is made from, which is never replaced.
 
     Yields:
