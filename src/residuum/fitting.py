@@ -53,6 +53,8 @@ def channels_of(model: nn.Module, images: Tensor, size: tuple[int, int] | None) 
         size: Rows and columns that the network reads; None are those of the image.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        return None
     found: list[int] = []
 
     def stop(conv: nn.Conv2d, _: Any) -> None:
@@ -65,7 +67,7 @@ def channels_of(model: nn.Module, images: Tensor, size: tuple[int, int] | None) 
         model(like.new_zeros(1, images.shape[1], *(size or images.shape[2:])))
     for hook in hooks:
         hook.remove()
-    return next(iter(found or [module.in_channels for module in convolutions]), None)
+    return found[0] if found else convolutions[0].in_channels
 
 
 def run_once(
