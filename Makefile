@@ -24,7 +24,7 @@ demo: .venv/core
 test: .venv/dev
 	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
-# The slow ones without checks of types at every call, which the others have and which cost up to six times as long.
+# The slow ones without the checks of types that the others have (tests/typed.py).
 test-all: test
 	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m slow -o addopts=--strict-markers
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import typed
 from residuum.models import ResNet, ResNetConfig
 from residuum.vision import import_torchvision
 
@@ -27,8 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _begin() -> None:
     torch.manual_seed(0)
+    typed.begin()
 
 
 class Loop(nn.Module):
