@@ -50,13 +50,17 @@ def having(found: dict[str, Judged], verdict: str) -> set[str]:
     return {name for name, one in found.items() if one.verdict == verdict}
 
 
+ERRATA = {"p2-predictions-printed"}
+
+
 def test_where_the_paper_is_right_its_claims_pass(judged: Callable[[str, Law], dict[str, Judged]]) -> None:
     found = judged("paper", as_the_paper)
     # Decay does nothing in this world, and its refinement is by longer training.
     decay = {f"p2-{data}-ablation-decay" for data in ("mnist", "cifar10")}
     assert having(found, "not run") == set()
-    assert having(found, "fail") == decay
-    assert having(found, "inconclusive") == set()
+    assert having(found, "fail") == decay | ERRATA
+    # This world's steps have the paper's scaled distances, which are equal: by them neither data set needs more blocks.
+    assert having(found, "inconclusive") == {"p2-harder-blocks"}
 
 
 def test_where_training_changes_nothing_what_it_is_said_to_do_fails(
@@ -74,7 +78,12 @@ def test_small_scale_says_what_it_cannot_tell(judged: Callable[[str, Law], dict[
     silent = having(found, "not run")
     assert {f"p2-mnist-scaled-{end}" for end in ("1", "2", "3", "total")} <= silent
     assert all("L = " in found[name].claim.limits or "depths" in found[name].claim.limits for name in silent - errors())
-    assert having(found, "fail") <= {"p2-mnist-ablation-decay", "p2-cifar10-ablation-decay", *comparisons(found)}
+    assert having(found, "fail") <= {
+        "p2-mnist-ablation-decay",
+        "p2-cifar10-ablation-decay",
+        *ERRATA,
+        *comparisons(found),
+    }
     reached = [name for name in found if "crossing" in name]
     assert all("not reached" in found[name].obtained or found[name].verdict == "pass" for name in reached)
 
@@ -194,7 +203,7 @@ def test_values_per_image_add_up_to_the_index(tmp_path: Path) -> None:
 def test_the_plan_keeps_to_the_papers_settings_and_the_budget(scale: str) -> None:
     plan = planned(scale)
     minutes = [plan.minutes(job) for job in plan.jobs]
-    assert len(plan.claims) == 80
+    assert len(plan.claims) == 89
     assert len({job.key for job in plan.jobs}) == len(plan.jobs)
     if scale == "small":
         assert max(minutes) < 40

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from residuum import worker
-from residuum.claims import Judged, Study, judge
+from residuum.claims import Claim, Judged, Study, judge
 from residuum.engines.pool import Pool
 from residuum.experiments import SCALES, study
-from residuum.experiments.p3 import DEEP, REGRESSION, VARIED, VERDICTS
+from residuum.experiments.p3 import DEEP, LONGER, REGRESSION, VARIED
+from residuum.experiments.p3_exact import VERDICTS, exact
 from residuum.experiments.p3_runs import PAPER, depth_needed, final, last_in_common, minutes, parameters, stable_rate
 from residuum.experiments.p3_runs import SCALES as PLANS
 from residuum.files import stored, write_json, write_tensors
@@ -33,6 +34,7 @@ from whole import reproduced
 
 World = Callable[[Example, float, int], tuple[float, float, float]]  # training loss, validation loss, accuracy
 GEOMETRIC = {(theta, gradient): float(np.exp(np.log(losses).mean())) for theta, gradient, losses in REGRESSION}
+LATER = {theta: float(np.exp(np.log(losses).mean())) for theta, losses in LONGER}
 
 
 @cache
@@ -52,6 +54,8 @@ def as_the_paper(example: Example, rate: float, seed: int) -> tuple[float, float
         loss = GEOMETRIC[theta, example.param_grad]
         loss = float(np.exp(np.log(VARIED).mean())) if example.variation else loss
         loss = float(np.exp(np.log(DEEP).mean())) if example.depth == 50 else loss
+    elif example.problem == "sine":
+        loss = LATER.get(theta, 5e-4)
     elif example.problem == "spirals":
         loss = {(0.0, False): 1e-2, (0.5, False): 1e-4, (1.0, False): 0.1, (0.5, True): 1e-3, (1.0, True): 0.6}[
             theta, cut
@@ -86,11 +90,16 @@ def make(out: Path, jobs: tuple[Job, ...], world: World) -> dict[str, Finished]:
 
 
 def noisy(job: NoisyDigits, world: World) -> dict[str, list[float]]:
-    """Accuracy by noise: the share of the paper's table under noise of 0.7, or the other way round, or one for all."""
-    table = {"free": 0.253, "unit": 0.323, "stable": 0.426 + 0.08 * job.theta}
-    right = {as_the_paper: table[job.spectrum], as_exchanged: 0.7 - table[job.spectrum]}.get(world, 0.4)
+    """Accuracy by noise: that of the paper's table for 0.2 and 0.7, or the other way round, or one for all."""
+    much = {"free": 0.253, "unit": 0.323, "stable": 0.426 + 0.08 * job.theta}[job.spectrum]
+    little = {"free": 0.995, "unit": 0.977, "stable": 0.973}[job.spectrum]
     wobble = 0.02 * np.random.default_rng((job.seed, int(job.key, 16) % 2**32)).normal()
-    return {str(sd): [1.0 if sd == 0 else right + wobble * (world is as_if_nothing_differed)] for sd in LEVELS}
+    found = {}
+    for sd in LEVELS:
+        right = little if sd == 0.2 else much
+        right = {as_the_paper: right, as_exchanged: (1.9 if sd == 0.2 else 0.7) - right}.get(world, 0.4 + wobble)
+        found[str(sd)] = [right if sd else 1.0]
+    return found
 
 
 def steps(example: Example, world: World) -> float:
@@ -106,7 +115,7 @@ def shifted(example: Example, world: World) -> dict[str, float]:
 
 
 def _make(folder: Path, example: Job, world: World) -> Finished:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     if isinstance(example, NoisyDigits):
         write_json(folder / "values.json", {"noise": dict.fromkeys(("train", "test"), noisy(example, world))})
         return Finished(example, folder)
@@ -144,11 +153,7 @@ def having(found: dict[str, Judged], verdict: str) -> set[str]:
     return {name.removeprefix("p3-") for name, one in found.items() if one.verdict == verdict}
 
 
-EXACT = {
-    *(f"radius-{scheme.replace(' ', '-')}" for scheme in SCHEMES),
-    "half-plane",
-    *(f"truncated-{name}-{theta:g}" for name in ("sine", "spirals") for theta in (0.25, 0.5, 0.75, 1)),
-}
+EXACT = {claim.id.removeprefix("p3-") for claim in exact(PLANS["small"])}
 # Theta = 1/2 against the residual network.
 COMPARED = {
     *(f"spirals-{name}" for name in ("loss", "training", "gap", "jacobian", "expansion", "backward")),
@@ -157,14 +162,18 @@ COMPARED = {
     *(f"{name}-{what}" for name in ("sine", "spirals") for what in ("rate", "depth", "parameters")),
     *(f"stiff-{every}-half" for every in (2, 5, 10)),
     "prey-explicit",
-    *(f"mnist-noise{name}" for name in ("", "-limited", "-stable", "-implicit", "-test")),
+    *(f"mnist-noise{name}" for name in ("", "-limited", "-stable", "-beyond", "-implicit", "-small", "-test")),
+    "spirals-accuracy",
 }
-OTHERS = {"wave-divergence", "wave-theta", "wave-fit", "arms-1lip", "arms-2lip"}  # not about theta = 1/2 against 0
+# Not about theta = 1/2 against 0.
+OTHERS = {*(f"wave-{name}" for name in ("divergence", "half-divergence", "theta", "theta-middle", "fit", "fit-one"))}
+OTHERS |= {"arms-1lip", "arms-2lip"}
 
 
 def test_where_the_paper_is_right_its_claims_pass(tmp_path: Path) -> None:
     found = judged(tmp_path, as_the_paper)
-    assert having(found, "pass") == {name.removeprefix("p3-") for name in found}
+    assert having(found, "not run") == {f"arms-{name}" for name in ("2lip-5-1lip-5", "10-0", "5-5")}
+    assert having(found, "pass") == {name.removeprefix("p3-") for name in found} - having(found, "not run")
 
 
 def test_where_the_residual_network_is_better_comparisons_fail(tmp_path: Path) -> None:
@@ -190,20 +199,33 @@ def test_where_nothing_differs_no_comparison_passes(tmp_path: Path) -> None:
 
 
 def test_the_median_of_the_ratios_stands_beside_the_stricter_rule(tmp_path: Path) -> None:
-    """A median above 10, which our specification asks for, does not pass where seeds scatter."""
+    """A median above 10, which our specification asks for, passes where seeds scatter; the mean's interval does not."""
     ratios = (2.0, 30.0, 34.0, 40.0, 50.0)
 
     def world(example: Example, rate: float, seed: int) -> tuple[float, float, float]:
         return 1e-4, 1e-4 * (1 if example.theta else ratios[seed]), 1.0
 
-    (claim,) = (claim for claim in planned("small").claims if claim.id == "p3-spirals-loss")
-    found = judge(claim, make(tmp_path, claim.jobs, world))
-    assert found.verdict == "inconclusive"
-    assert found.obtained.endswith("must be at least 1; median of the ratios 34")
+    strict, median = (named("small", f"spirals-{name}") for name in ("loss", "loss-median"))
+    results = make(tmp_path, strict.jobs, world)
+    assert judge(strict, results).verdict == "inconclusive"
+    assert judge(median, results).verdict == "pass"
+    assert judge(median, results).obtained == "median of the ratios 34; must be at least 10"
+
+
+def named(scale: str, name: str) -> Claim:
+    return next(claim for claim in planned(scale).claims if claim.id == f"p3-{name}")
+
+
+def test_means_under_noise_may_be_equal_but_not_less(tmp_path: Path) -> None:
+    claim = named("small", "spirals-noise-mean")
+    equal = make(tmp_path / "equal", claim.jobs, lambda *_: (0.1, 0.1, 0.9))
+    assert judge(claim, equal).verdict == "pass"
+    less = make(tmp_path / "less", claim.jobs, lambda example, *_: (0.1, 0.1, 0.9 - 0.01 * (example.theta > 0)))
+    assert judge(claim, less).verdict == "fail"
 
 
 def test_equally_many_right_under_noise_are_not_more(tmp_path: Path) -> None:
-    (claim,) = (claim for claim in planned("small").claims if claim.id == "p3-spirals-noise-0.04")
+    claim = named("small", "spirals-noise-0.04")
     equal = make(tmp_path, claim.jobs, lambda *_: (0.1, 0.1, 0.9))
     assert judge(claim, equal).verdict == "fail"
 

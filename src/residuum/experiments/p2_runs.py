@@ -25,7 +25,7 @@ PREDICTED = {"mnist": (42, 32, 46, 120), "cifar10": (37, 39, 43, 119)}
 PRINTED = {"mnist": (37, 39, 43), "cifar10": (42, 32, 36)}
 # Read of profiles by figures and claims.
 QUANTITIES = {"profile": ("perturbation", "scaled_perturbation"), "initial": ("scaled_perturbation",)}
-EPS = 0.1  # the mean scaled perturbation to reach, P2 section 3.5.1
+EPS = 0.1  # the mean scaled perturbation to reach, P2 section 3.5
 
 Curve = dict[int, float]  # a number by the depth L
 
@@ -47,7 +47,7 @@ class Scale:
         repeated: Seeds of the ablation, and of the shallowest and the deepest networks.
         measured: Test images that are measured.
         deep: Depth from which the shape within a section and the slope beside the null model are read.
-        plateau: Depth from which the paper's distances do not grow.
+        plateau: Depth from which the paper's distances do not grow, by data set.
         ranges: Small, medium and large depths, P2 section 3.2: MNIST up to 20 and 20 to 80, CIFAR-10 up to 15 and 15 to
             70, above that no growth. Large is from 70 on for both: from 80 on MNIST has three depths.
     """
@@ -64,10 +64,11 @@ class Scale:
     repeated: tuple[int, ...]
     measured: int | None
     deep: int
-    plateau: int
+    plateau: dict[str, int]
     ranges: dict[str, tuple[tuple[int, int], ...]]
 
 
+PLATEAU = {"mnist": 80, "cifar10": 70}  # P2, section 3.2
 RANGES = {"mnist": ((2, 20), (20, 80), (70, 100)), "cifar10": ((2, 15), (15, 70), (70, 100))}
 
 SCALES = {
@@ -85,7 +86,7 @@ SCALES = {
         repeated=(0, 1),
         measured=50,
         deep=1,
-        plateau=1,
+        plateau=dict.fromkeys(SETS, 1),
         ranges=dict.fromkeys(SETS, ((1, 2),) * 3),
     ),
     "small": Scale(
@@ -104,7 +105,7 @@ SCALES = {
         repeated=(0, 1, 2),
         measured=1000,
         deep=8,
-        plateau=70,
+        plateau=PLATEAU,
         ranges=RANGES,
     ),
     "paper": Scale(
@@ -121,7 +122,7 @@ SCALES = {
         repeated=(0, 1, 2),
         measured=None,
         deep=8,
-        plateau=70,
+        plateau=PLATEAU,
         ranges=RANGES,
     ),
 }

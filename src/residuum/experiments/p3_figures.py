@@ -55,14 +55,15 @@ def figures(scale: str) -> tuple[Figure, ...]:
     """The figures of the study: the paper's, then those of its extended version and ours."""
     to = SCALES[scale]
     sine, longer = ([*(at(e, theta) for theta in THETAS)] for e in (to.sine, to.longer))
+    deep = [replace(sine[0], depth=to.deep), *sine]
     spirals = [at(to.spirals, 0.0), *with_truncation(to.spirals)]
     prey = [at(to.prey, theta) for theta in THETAS]
     both = "Median and range over seeds."
     made = [
         Figure("p3-2", "P3, figure 2", "Steps of four schemes for a rotation, dt w = 0.5.", (), _plane),
-        _figure("p3-3", "P3, figure 3", f"Regression with T = 1: losses over epochs. {both}", sine, convergence),
-        _figure("p3-4", "P3, figure 4", f"Regression with T = 5: losses over epochs. {both}", longer, convergence),
-        _figure("p3-fit", "P3, figures 3 and 4", "The function and the median networks, T = 5.", longer, fits),
+        _figure("p3-3", "P3, figures 3 and 4", f"Regression with T = 1: losses over epochs. {both}", deep, convergence),
+        _figure("p3-4", "ours", f"Regression with T = 5: losses over epochs. {both}", longer, convergence),
+        _figure("p3-fit", "ours", "The function and the median networks, T = 5.", longer, fits),
         _figure("p3-5", "P3, figure 5", f"Two spirals: loss and accuracy over epochs. {both}", spirals, convergence),
         _figure("p3-6", "P3, figure 6", "Two spirals: regions of the answers, seed 0.", spirals, regions),
         _figure("p3-robust", "P3, its claim of robustness", "Spirals under noise; stretching.", spirals, robustness),
@@ -186,6 +187,7 @@ def convergence(folders: Folders) -> Drawn:
     Source: P3 (Reshniak & Webster), figures 3 to 5.
     """
     spirals = next(iter(folders)).problem == "spirals"
+    depths = {example.depth for example in folders}
     figure, (row,) = blank(1, 2, 4.6)
     other = ("validation_accuracy", "validation accuracy") if spirals else ("train_loss", "training loss")
     for axes, (name, words) in zip(row, [("validation_loss", "validation loss"), other], strict=True):
@@ -193,15 +195,22 @@ def convergence(folders: Folders) -> Drawn:
             history = values(folder)["history"]
             rows = [(row["epoch"], [v for v in row[name] if v is not None]) for row in history]
             epochs, found = zip(*[row for row in rows if row[1]], strict=True)
-            axes.plot(epochs, [median(v) for v in found], label=label(example) + failed_of(history), **line_of(example))
-            axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, **line_of(example))
+            deeper = len(depths) > 1 and example.depth == max(depths)
+            look = line_of(example) | ({"ls": ":"} if deeper else {})
+            name_of = label(example) + f", {example.depth} blocks" * deeper + failed_of(history)
+            axes.plot(epochs, [median(v) for v in found], label=name_of, **look)
+            axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, **look)
         axes.set(xlabel="epoch", ylabel=words)
         if name != "validation_accuracy":
             axes.set_yscale("log")
     row[0].legend(fontsize=8)
     found = {example: values(folder) for example, folder in folders.items()}
     lasts = [
-        (median(final(v, "validation_loss")), short(e), f"{v['history'][-1]['epoch']}{failed_of(v['history'])}")
+        (
+            median(final(v, "validation_loss")),
+            short(e) + f", {e.depth} blocks" * (len(depths) > 1),
+            f"{v['history'][-1]['epoch']}{failed_of(v['history'])}",
+        )
         for e, v in found.items()
     ]
     titled(figure, "Median validation loss", [f"{loss:.2g} at {name}, epoch {epoch}" for loss, name, epoch in lasts])
