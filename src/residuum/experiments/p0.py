@@ -15,6 +15,7 @@ from residuum.experiments.p0_runs import (
     LIMITED,
     QUANTITIES,
     RECURRENT,
+    SAMPLED,
     SCALES,
     SETS,
     SUMMED,
@@ -33,9 +34,11 @@ from residuum.experiments.p0_verdicts import (
     as_low,
     away,
     convergence_of,
+    far,
     gain,
     index_falls,
     index_rises,
+    near,
     no_gain,
     one_block,
     recurrence_of,
@@ -43,11 +46,16 @@ from residuum.experiments.p0_verdicts import (
     sharing_of,
 )
 
-ABSTRACT = "P0, abstract"
+ABSTRACT, INTRODUCTION = "P0, abstract", "P0, introduction"
 DERIVED = "derived, spec of this project, section 5"
-RECONSTRUCTED = "Only the abstract could be read: networks, indices, limits and settings are reconstructed."
+RECONSTRUCTED = (
+    "Only the abstract, the introduction and a part of the related work could be read: networks, indices, limits and "
+    "settings are reconstructed."
+)
+DEBRIS = "Debris is not named there."
 SLOWER = "Coupled gradients are means: equal blocks learn as if shared at a third of the rate; see p0-mnist-4-sum."
 CONVOLUTIONS = "The limit is on convolutions alone: batch norm is free, and can undo it, so it bounds no branch."
+SMALL = "Clipped networks learn more slowly: their branches are small, whatever batch norm measures."
 UNTRAINED = (
     f"Few networks would fail it: {1 - AWAY:g} is near 1, and untrained networks of the small scale pass, too (0.86 to "
     "0.89 by agreement with their own answers)."
@@ -66,7 +74,7 @@ def study(scale: str) -> Study:
     claims = [claim for data in SETS for claim in _of_data(scale, data)]
     claims += [claim for data in SCALES[scale].strengths for claim in _along_strengths(scale, data)]
     claims += [claim for data in SCALES[scale].limits for claim in _of_kinds(scale, data)]
-    claims += [claim for data in SCALES[scale].sizes for claim in _of_sizes(scale, data)]
+    claims += [claim for data in SAMPLED for claim in _of_sizes(scale, data)]
     return Study(
         paper="p0",
         title="Lippl, Peters and Kriegeskorte 2024, Can neural networks benefit from objectives that encourage "
@@ -87,7 +95,7 @@ def _claim(
     """A claim; without runs, no run of this scale tests it."""
     if not runs:
         return Claim(f"p0-{name}", source, statement, expected, (), None, "no networks with a limit on these data")
-    said = f"{RECONSTRUCTED} {limits}".strip()
+    said = " ".join([RECONSTRUCTED, *[DEBRIS] * name.startswith("debris"), *[limits] * bool(limits)])
     return Claim(f"p0-{name}", source, statement, expected, runs_in(*runs), test, said)
 
 
@@ -121,54 +129,38 @@ def _coupled(scale: str, data: str) -> list[Claim]:
     """Claims 2 to 4: what coupling does without a limit."""
     free, coupled = (of_cell(scale, data, cell) for cell in (FREE, COUPLED))
     up: tuple[Pair, ...] = ((coupled, free),)
+    more_convergent = f"{INTRODUCTION}: recurrent networks are more convergent"
     rows: tuple[tuple[str, str, str, str, Test], ...] = (
-        (
-            "2-recurrence",
-            "recurrence regularisation",
-            "strength 1 makes blocks more interchangeable than strength 0",
-            "recurrence index higher",
-            partial(index_rises, pairs=up, index="recurrence"),
-        ),
-        (
-            "3-convergence",
-            "recurrent networks are more convergent",
-            "strength 1 makes networks settle earlier than strength 0",
-            "convergence index higher",
-            partial(index_rises, pairs=up, index="convergence"),
-        ),
-        (
-            "3-divergence",
-            "recurrent networks are more convergent",
-            "strength 1 makes networks more stable under further steps than strength 0",
-            "divergence index lower",
-            partial(index_falls, pairs=up, index="divergence"),
-        ),
-        (
-            "4-accuracy",
-            "recurrence does not improve accuracy",
-            "strength 1 is not more accurate than strength 0",
-            f"gain: {POINTS}",
-            partial(no_gain, pairs=up),
-        ),
-        (
-            "4-freedom",
-            "unconstrained networks benefit from the freedom of non-recurrent blocks",
-            "strength 0 is more accurate than strength 1",
-            "difference above 0",
-            partial(gain, pairs=((free, coupled),)),
-        ),
-    )
+        ("2-recurrence", f"{ABSTRACT}: recurrence regularisation",
+         "strength 1 makes blocks more interchangeable than strength 0", "recurrence index higher",
+         partial(index_rises, pairs=up, index="recurrence")),
+        ("2-iterative", f"{ABSTRACT}: gradient coupling succeeds at making networks iterative",
+         "at strength 1 blocks can stand for each other", f"recurrence index at least {1 - AWAY:g}",
+         partial(near, cells=(coupled,), indices=("recurrence",))),
+        ("3-convergence", more_convergent, "strength 1 makes networks settle earlier than strength 0",
+         "convergence index higher", partial(index_rises, pairs=up, index="convergence")),
+        ("3-divergence", more_convergent, "strength 1 makes networks more stable under further steps than strength 0",
+         "divergence index lower", partial(index_falls, pairs=up, index="divergence")),
+        ("3-general", f"{INTRODUCTION}: whether recurrent or not, ResNets in general do not converge",
+         "networks of strength 1 need their last blocks, and lose the answer when the last goes on",
+         f"convergence index at most {1 - AWAY:g}, divergence index at least {AWAY:g}",
+         partial(far, runs=coupled, indices=("convergence", "divergence"))),
+        ("4-accuracy", f"{ABSTRACT}: recurrence does not improve accuracy",
+         "strength 1 is not more accurate than strength 0", f"gain: {POINTS}", partial(no_gain, pairs=up)),
+        ("4-freedom", f"{INTRODUCTION}: unconstrained networks benefit from the freedom of non-recurrent blocks",
+         "strength 0 is more accurate than strength 1", "difference above 0", partial(gain, pairs=((free, coupled),))),
+    )  # fmt: skip
     return [
         _claim(
             f"{data}-{name}",
-            f"{ABSTRACT}: {what}",
+            source,
             f"{SETS[data]}: {text}",
             known,
             test,
-            runs=(free, coupled),
+            runs=(coupled,) if name in ("2-iterative", "3-general") else (free, coupled),
             limits=SLOWER if name.startswith("4") else "",
         )
-        for name, what, text, known, test in rows
+        for name, source, text, known, test in rows
     ]
 
 
@@ -176,53 +168,48 @@ def _limited(scale: str, data: str) -> list[Claim]:
     """Claims 5 and 6: what the Lipschitz limit does, and coupling with it."""
     bare = [of_cell(scale, data, cell) for cell in (FREE, COUPLED)]
     bound = [] if data in SCALES[scale].free_only else [of_cell(scale, data, cell) for cell in LIMITED]
+    return [
+        *_with_limit(data, f"a limit of {BOUND:g}", "", bare, bound, CONVOLUTIONS),
+        _claim(
+            f"{data}-5-convergent",
+            f"{ABSTRACT}: the Lipschitz constraint succeeds at making networks convergent",
+            f"{SETS[data]}: with a limit of {BOUND:g} networks have settled before their last blocks and stay where "
+            "they are, at strengths 0 and 1",
+            f"convergence index at least {1 - AWAY:g}, divergence index at most {AWAY:g}",
+            partial(near, cells=bound, indices=("convergence", "divergence")),
+            runs=tuple(bound),
+            limits=CONVOLUTIONS,
+        ),
+    ]
+
+
+def _with_limit(data: str, limit: str, end: str, bare: list[Seeds], bound: list[Seeds], limits: str) -> list[Claim]:
+    """What a limit does at strengths 0 and 1, and what coupling does with it."""
     added, removed = tuple(zip(bound, bare, strict=False)), tuple(zip(bare, bound, strict=False))
-    both = "at strengths 0 and 1"
+    both, convergent = "at strengths 0 and 1", f"{ABSTRACT}: the Lipschitz constraint makes networks convergent"
     rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...]], ...] = (
-        (
-            "5-convergence",
-            "the Lipschitz constraint makes networks convergent",
-            f"a limit of {BOUND:g} makes networks settle earlier, {both}",
-            "convergence index higher",
-            partial(index_rises, pairs=added, index="convergence"),
-            (*bare, *bound),
-        ),
-        (
-            "5-divergence",
-            "the Lipschitz constraint makes networks convergent",
-            f"a limit of {BOUND:g} makes networks more stable under further steps, {both}",
-            "divergence index lower",
-            partial(index_falls, pairs=added, index="divergence"),
-            (*bare, *bound),
-        ),
-        (
-            "5-accuracy",
-            "the Lipschitz constraint lowers accuracy",
-            f"a limit of {BOUND:g} makes networks less accurate, {both}",
-            "difference above 0",
-            partial(gain, pairs=removed),
-            (*bare, *bound),
-        ),
-        (
-            "6-accuracy",
-            "in constrained networks recurrence does not hurt",
-            f"with a limit of {BOUND:g}, strength 1 is not less accurate than strength 0",
-            f"loss: {POINTS}",
-            partial(no_gain, pairs=(tuple(bound),)),
-            tuple(bound),
-        ),
-    )
+        ("5-convergence", convergent, f"{limit} makes networks settle earlier, {both}", "convergence index higher",
+         partial(index_rises, pairs=added, index="convergence"), (*bare, *bound)),
+        ("5-divergence", convergent, f"{limit} makes networks more stable under further steps, {both}",
+         "divergence index lower", partial(index_falls, pairs=added, index="divergence"), (*bare, *bound)),
+        ("5-accuracy", f"{INTRODUCTION}: the Lipschitz constraint lowers accuracy",
+         f"{limit} makes networks less accurate, {both}", "difference above 0", partial(gain, pairs=removed),
+         (*bare, *bound)),
+        ("6-accuracy", f"{INTRODUCTION}: in constrained networks recurrence does not hurt",
+         f"with {limit}, strength 1 is not less accurate than strength 0", f"loss: {POINTS}",
+         partial(no_gain, pairs=(tuple(bound),)), tuple(bound)),
+    )  # fmt: skip
     return [
         _claim(
-            f"{data}-{name}",
-            f"{ABSTRACT}: {what}",
+            f"{data}-{name}{end}",
+            source,
             f"{SETS[data]}: {text}",
             known,
             test,
             runs=runs if bound else (),
-            limits=CONVOLUTIONS,
+            limits=limits,
         )
-        for name, what, text, known, test, runs in rows
+        for name, source, text, known, test, runs in rows
     ]
 
 
@@ -248,6 +235,14 @@ def _along_strengths(scale: str, data: str) -> list[Claim]:
             for name, source, words, of in rows
         ),
         _claim(
+            f"{data}-4-between",
+            f"{ABSTRACT}: recurrence does not improve accuracy",
+            f"{SETS[data]}: no strength between 0 and 1 is more accurate than strength 0",
+            f"gain: {POINTS}, at each",
+            partial(no_gain, pairs=[(cell, free) for cell in cells[1:-1]]),
+            runs=tuple(cells[:-1]),
+        ),
+        _claim(
             f"{data}-4-sum",
             f"{ABSTRACT}: recurrence does not improve accuracy",
             f"{SETS[data]}: strength 1 with summed gradients, those of shared weights, is not more accurate than 0",
@@ -268,19 +263,40 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
     limits = [free, *(of_cell(scale, data, Cell(0.0, c)) for c in bounds)]
     words = ", ".join(("none", *(f"{c:g}" for c in bounds)))
     every_statistic = "Each application is trained with the statistics of its own batches, evaluated with common ones."
+    mixed = [of_cell(scale, data, Cell(strength, BOUND)) for strength in SCALES[scale].between]
+    constrained = of_cell(scale, data, LIMITED[0])
+    ordinary = "one recurrent block (weights and batch norm)"
+    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...]], ...] = (
+        ("3-one", f"{INTRODUCTION}: recurrent networks are more convergent",
+         f"{ordinary} settles earlier than ordinary blocks", "convergence index higher",
+         partial(index_rises, pairs=((one, free),), index="convergence"), (one, free)),
+        ("3-one-divergence", f"{INTRODUCTION}: recurrent networks are more convergent",
+         f"{ordinary} is more stable under further steps than ordinary blocks", "divergence index lower",
+         partial(index_falls, pairs=((one, free),), index="divergence"), (one, free)),
+        ("4-one", f"{ABSTRACT}: recurrence does not improve accuracy",
+         f"{ordinary} is not more accurate than ordinary blocks", f"gain: {POINTS}",
+         partial(no_gain, pairs=((one, free),)), (one, free)),
+        ("6-one", f"{INTRODUCTION}: in constrained networks recurrence does not hurt",
+         f"with a limit of {BOUND:g}, {ordinary} is not less accurate than ordinary blocks", f"loss: {POINTS}",
+         partial(no_gain, pairs=((constrained, bounded),)), (constrained, bounded)),
+    )  # fmt: skip
     return [
+        *(
+            _claim(f"{data}-{name}", source, f"{SETS[data]}: {text}", known, test, runs=runs, limits=every_statistic)
+            for name, source, text, known, test, runs in rows
+        ),
         _claim(
-            f"{data}-3-one",
-            f"{ABSTRACT}: recurrent networks are more convergent",
-            f"{SETS[data]}: one recurrent block (weights and batch norm) settles earlier than ordinary blocks",
-            "convergence index higher",
-            partial(index_rises, pairs=((one, free),), index="convergence"),
-            runs=(one, free),
-            limits=every_statistic,
+            f"{data}-6-between",
+            f"{INTRODUCTION}: in constrained networks recurrence does not hurt",
+            f"{SETS[data]}: with a limit of {BOUND:g}, no strength between 0 and 1 is less accurate than strength 0",
+            f"loss: {POINTS}, at each",
+            partial(no_gain, pairs=[(constrained, cell) for cell in mixed]),
+            runs=(constrained, *mixed),
+            limits=CONVOLUTIONS,
         ),
         _claim(
             f"{data}-3-group",
-            f"{ABSTRACT}: recurrent networks are more convergent",
+            f"{INTRODUCTION}: recurrent networks are more convergent",
             f"{SETS[data]}: one recurrent block with group norm settles earlier than ordinary blocks with group norm",
             "convergence index higher",
             partial(index_rises, pairs=((grouped, group),), index="convergence"),
@@ -295,15 +311,8 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
             partial(one_block, cells=(one, bounded)),
             runs=(one, bounded),
         ),
-        _claim(
-            f"{data}-5-clipped",
-            f"{ABSTRACT}: the Lipschitz constraint makes networks convergent",
-            f"{SETS[data]}: a limit of {BOUND:g} on whole branches, with batch norm clipped, makes networks settle "
-            "earlier, at strengths 0 and 1",
-            "convergence index higher",
-            partial(index_rises, pairs=tuple(zip(clipped, bare, strict=True)), index="convergence"),
-            runs=(*clipped, *bare),
-            limits="Clipped networks learn more slowly: their branches are small, whatever batch norm measures.",
+        *_with_limit(
+            data, f"a limit of {BOUND:g} on whole branches, with batch norm clipped,", "-clipped", bare, clipped, SMALL
         ),
         _claim(
             f"{data}-5-gradual",
@@ -320,12 +329,16 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
 def _of_sizes(scale: str, data: str) -> list[Claim]:
     """Sample efficiency, and whether recurrent networks can fit what they see."""
     at = SCALES[scale]
+    if data not in at.sizes:
+        text = f"{SETS[data]}: trained on fewer images, strength 1 is not more accurate than strength 0"
+        known, why = f"gain: {POINTS}, at every size", "no subsets of these data at this scale"
+        return [Claim(f"p0-{data}-4-samples", f"{INTRODUCTION}: sample efficiency", text, known, (), None, why)]
     pairs = [tuple(of_cell(scale, data, cell, size=size) for cell in (COUPLED, FREE)) for size in at.sizes[data]]
     words = ", ".join(f"{size:,}" for size in at.sizes[data])
     return [
         _claim(
             f"{data}-4-samples",
-            f"{ABSTRACT}: recurrence does not improve sample efficiency",
+            f"{INTRODUCTION}: recurrence does not improve sample efficiency",
             f"{SETS[data]}: trained on {words} images, strength 1 is not more accurate than strength 0",
             f"gain: {POINTS}, at every size",
             partial(no_gain, pairs=pairs),
@@ -339,7 +352,7 @@ def _of_sizes(scale: str, data: str) -> list[Claim]:
             f"difference by the loss of guessing: one-sided bound of 95 % at most {AS_LOW:g}",
             partial(as_low, pair=pairs[0]),
             runs=pairs[0],
-            limits="Blocks have equal convolutions and batch norms of their own.",
+            limits="Blocks have equal convolutions and batch norms of their own. Training accuracy is not recorded.",
         ),
     ]
 

@@ -22,6 +22,7 @@ SETS = {
     "debris": "Digitclutter-3 with debris",
     "cifar100": "CIFAR-100",
 }
+SAMPLED = ("mnist", "clutter3", "cifar10", "cifar100")  # data sets of which smaller subsets are compared
 INDICES = ("convergence", "recurrence", "divergence")
 PASSIVE = ("perturbation", "update_angle", "pairs", "readouts")
 # Read of profiles, beside the indices.
@@ -189,7 +190,7 @@ SCALES = {
         between=(0.25, 0.5, 0.75, 0.9, 0.99),
         limits=("mnist", "clutter3", "cifar10"),
         free_only=(),
-        sizes=dict.fromkeys(("mnist", "clutter3", "cifar10", "cifar100"), (500, 1000, 2500, 5000, 10_000, 25_000)),
+        sizes=dict.fromkeys(SAMPLED, (500, 1000, 2500, 5000, 10_000, 25_000)),
         limited_sizes=True,
         bounds=(5.0, 2.0, 0.5),
         lr=0.1,

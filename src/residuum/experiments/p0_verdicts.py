@@ -29,6 +29,21 @@ def away(results: Results, *, runs: Seeds, index: str) -> Obtained:
     return at_least(effect, AWAY) if index == "divergence" else at_most(effect, 1 - AWAY)
 
 
+def far(results: Results, *, runs: Seeds, indices: Sequence[str]) -> Obtained:
+    """Several indices, each away from the ideal."""
+    return every(away(results, runs=runs, index=index) for index in indices)
+
+
+def near(results: Results, *, cells: Sequence[Seeds], indices: Sequence[str]) -> Obtained:
+    """Several indices near the ideal, in each cell."""
+
+    def judged(runs: Seeds, index: str) -> Obtained:
+        effect = mean_over(list(index_of(results, runs, index).values()))
+        return at_most(effect, AWAY) if index == "divergence" else at_least(effect, 1 - AWAY)
+
+    return every(judged(runs, index) for runs in cells for index in indices)
+
+
 def index_rises(results: Results, *, pairs: Sequence[Pair], index: str) -> Obtained:
     """An index, of the same seeds, is larger in the first of each pair."""
     return _each(pairs, lambda pair: above(_index_change(results, pair, index), 0.0))
