@@ -71,7 +71,7 @@ class Planted(Finished):
             "recalibrated_test_loss": 0.3 + 0.4 * (naive == up),
             "recalibrated_test_accuracy": 1 - (0.09 if naive and up else test + 0.02 * (self.name == "ubn" and not up)),
             "train_gradient_ratio": 10.0 if naive == up else 2.0,
-            "test_gradient_ratio": 3.0,
+            "test_gradient_ratio": 10.0 if naive == up else 2.0,
         }
         states = [0.1, *(0.2 + 0.01 * k for k in range(self.lengths[-1]))]
         curves = {"curves": {"accuracy": {"first": [0.1], "last": states}}}
@@ -144,7 +144,7 @@ class Planted(Finished):
             downhill = -0.1 if scale != 1 else torch.where(steps < 2, -0.1, 0.1)
             values = {
                 "loss": (loss, states),
-                "accuracy": (0.5 + self.sign * 0.01 * steps, states),
+                "accuracy": (0.45 + self.sign * 0.005 * steps, states),
                 "entropy": (1 - 0.01 * steps, states),
                 "state_norm": (grows[:20], states[:20]),
                 "scaled_perturbation": (1 / (1 + steps[:20]), states[:20]),
@@ -199,14 +199,14 @@ def test_where_the_reverse_is_true_they_fail() -> None:
 
 
 # The paper's training losses before and after are within a factor of two of each other.
-REVERSED_TOO = {"p1-unroll-loss-before", "p1-unroll-loss-after"}
+REVERSED_TOO = {"p1-unroll-loss-before", "p1-unroll-loss-after", "p1-unroll-borderline-before"}
 
 
 def test_small_scale_says_what_it_cannot_tell() -> None:
     found = judged("small", 1)
     silent = having(found, NOT_RUN)
-    assert len(silent) == 32
-    assert all(name.startswith(("p1-table", "p1-unroll", "p1-order-cifar100")) for name in silent)
+    assert len(silent) == 36
+    assert all(name.startswith(("p1-table", "p1-unroll", "p1-order-cifar100", "p1-gain")) for name in silent)
     assert having(found, "fail") == {}
     assert having(found, "inconclusive") == {}
 
@@ -240,7 +240,7 @@ def test_counts_need_no_runs() -> None:
 def test_the_plan_keeps_to_the_papers_settings_and_the_budget(scale: str) -> None:
     plan = planned(scale)
     minutes = [plan.minutes(job) for job in plan.jobs]
-    assert len(plan.claims) == 123
+    assert len(plan.claims) == 137
     assert [job.key for job in plan.jobs] == [job.key for job in by_worth(scale)]
     if scale == "small":
         assert max(minutes) < 40

@@ -36,12 +36,15 @@ from residuum.experiments.p1_runs import (
 )
 from residuum.experiments.p1_verdicts import (
     EXPLODES,
+    GAIN,
     MUCH_LARGER,
     NO_MORE,
     RECOVERED,
     TOLERANCE,
     better,
     fits_worse,
+    gains,
+    grows_more,
     has_parameters,
     initial_calm,
     initial_explodes,
@@ -205,6 +208,15 @@ def _naive(scale: str) -> list[Claim]:
             erratum,
         ),
         (
+            "ratio-test",
+            "figure 8, right; validation batches",
+            "has gradients that grow much more on their way down than those of ResNet-38, on test images",
+            f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs",
+            partial(ratio_larger, runs=naive, before=small, split="test"),
+            (naive, small),
+            erratum,
+        ),
+        (
             "ratio-unshared",
             "figure 8, right",
             "has gradients that grow much more on their way down than those of the unshared ResNet-110",
@@ -284,6 +296,18 @@ def _remedy(scale: str) -> list[Claim]:
             )
             for name, runs in without.items()
         ),
+        *(
+            (
+                f"ablation-{name}-norm",
+                "figure 9, right",
+                f"{SHARED[name][0]} instead of all of UBN: the state grows more at initialisation",
+                "ratio of growths above 1",
+                partial(grows_more, after=runs, before=ubn),
+                (runs, ubn),
+                CALIBRATED,
+            )
+            for name, runs in without.items()
+        ),
         (
             "ablation-most",
             "figure 9",
@@ -295,6 +319,8 @@ def _remedy(scale: str) -> list[Claim]:
         ),
     )
     far = of(scale, "ubn", data="cifar100"), of(scale, "38", data="cifar100")
+    deepest = of(scale, "ubn182", data="cifar100"), far[1]
+    low, high = GAIN
     return [
         *(
             claim(label, place, text, known, test, jobs=runs_in(*tables), limits=limits)
@@ -307,6 +333,23 @@ def _remedy(scale: str) -> list[Claim]:
             "test error higher; 29.94 and 29.66 %",
             partial(worse, after=far[0], before=far[1]),
             jobs=runs_in(*far),
+        ),
+        claim(
+            "order-cifar100-182",
+            "table 1",
+            "CIFAR-100: 182-UBN is better than ResNet-38",
+            "test error lower; 29.33 and 29.66 %",
+            partial(better, after=deepest[0], before=deepest[1]),
+            jobs=runs_in(*deepest) if all(deepest) else (),
+        ),
+        claim(
+            "gain",
+            "table 1 and section 4.5",
+            "CIFAR-10: 110-UBN gains about 0.3 points on ResNet-38",
+            f"{low:g} to {high:g} points; 6.99 less 6.62 %",
+            partial(gains, after=ubn, before=of(scale, "38")),
+            jobs=runs_in(ubn, of(scale, "38")) if SCALES[scale].table else (),
+            unless=NEEDS_TABLE,
         ),
     ]
 

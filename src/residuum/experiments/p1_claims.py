@@ -6,8 +6,10 @@ from functools import partial
 from residuum.claims import Claim, Obtained, Results
 from residuum.experiments.p1_runs import (
     KINDS,
+    NAMES,
     SCALES,
     looked,
+    of,
     runs_in,
     shuffled_of,
 )
@@ -19,18 +21,21 @@ from residuum.experiments.p1_verdicts import (
     MILD,
     MONOTONE,
     MUCH_MILDER,
+    POINTS,
     STRONG,
     TENFOLD,
     answers_gradual,
     answers_rise,
     borderline_corrected,
     borderline_count,
+    borderline_right,
     correct_worsen,
     cosine_beside,
     cosine_beside_initial,
     cosine_higher,
     cosine_last,
     cosine_negative,
+    each_mild,
     entropy_falls,
     explodes,
     first_milder,
@@ -57,7 +62,7 @@ MODE = "Training loss is that in training mode, over the last epoch; test loss t
 CALIBRATED = "Batch norm is calibrated on 1,000 images first; at its fresh 0 and 1 every network explodes."
 NEEDS_TABLE = "needs the paper's widths, images and 300 epochs"
 BEYOND = "this scale has no such network, or not this data set"
-SHALLOW = ("single", "wide")
+SHALLOW, LONG = ("single", "wide"), ("single", "avgpool")  # few blocks; the first block moves the state far
 
 
 def claim(
@@ -116,14 +121,20 @@ def cosines(scale: str) -> list[Claim]:
             ),
         ]
         found += [
-            claim(f"cosine-{name}-{label}", place, f"{words}: {text}", known, test, jobs=runs_in(runs), limits=limits)
+            claim(
+                f"cosine-{name}-{label}", place, f"{words}: {text}", known, test, jobs=runs_in(runs), limits=PROJECTIONS
+            )
             for label, place, text, known, test in rows
-            for limits in [PROJECTIONS]
         ]
         pair = (runs[0], shuffled_of(scale, name))
         text = f"{words}: on test images, more so than the same network trained on shuffled labels"
         test = partial(cosine_beside, pairs=(pair,))
         found.append(claim(f"cosine-{name}-shuffled", OURS, text, "mean cosine lower", test, jobs=pair))
+    for name in ("naive", "ubn"):
+        runs = of(scale, name)
+        text, known = f"{NAMES[name]}: almost every block moves the state against the gradient", "as for the others"
+        test = partial(cosine_negative, runs=runs)
+        found.append(claim(f"cosine-{name}-negative", "appendix", text, known, test, jobs=runs_in(runs)))
     runs = looked(scale, "110")
     pairs = [(looked(scale, deep)[0], looked(scale, flat)[0]) for deep in ("110", "avgpool") for flat in SHALLOW]
     low, high = LAST_COSINE
@@ -151,7 +162,7 @@ def cosines(scale: str) -> list[Claim]:
 def ratios(scale: str) -> list[Claim]:
     """How much blocks change the state."""
     found = []
-    place, long = "figure 2 (poster 5)", {name: looked(scale, name) for name in ("single", "avgpool")}
+    place, long = "figure 2 (poster 5)", {name: looked(scale, name) for name in LONG}
     for name, runs in long.items():
         text = f"{KINDS[name]}: the first block changes the state strongly"
         test, known = partial(first_strong, runs=runs), f"l2 ratio at least {STRONG:g}; up to 2"
@@ -180,9 +191,15 @@ def drops(scale: str) -> list[Claim]:
                 "dropping a typical block is mild",
                 f"{MILD:.0%} of the accuracy above chance are left",
                 partial(others_mild, runs=runs),
-            )
+            ),
+            (
+                "each",
+                f"dropping any block{' but the first' * (name in LONG)} is mild",
+                f"{MILD:.0%} of the accuracy above chance are left without each",
+                partial(each_mild, runs=runs, first=int(name in LONG)),
+            ),
         ]
-        if name in ("single", "avgpool"):
+        if name in LONG:
             row = (
                 "first",
                 "dropping the first block is catastrophic",
@@ -299,6 +316,16 @@ def unrolling(scale: str) -> list[Claim]:
             "26 to 102",
             partial(borderline_count, runs=runs, expected=51),
             numbers,
+        ),
+        *(
+            (
+                f"borderline-{label}",
+                f"{share:.0%} of borderline test images are right {label} the extra runs",
+                f"{share - POINTS:.0%} to {share + POINTS:.0%}",
+                partial(borderline_right, runs=runs, step=step, expected=share),
+                numbers,
+            )
+            for label, step, share in (("before", 0, 0.43), ("after", -1, 0.53))
         ),
         *(
             (

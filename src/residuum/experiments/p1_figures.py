@@ -1,7 +1,6 @@
 """P1's figures (poster 3 to 8, paper 6 and 9, Table 1), each beside untrained networks where that means something."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ from residuum.experiments.p1_runs import (
     chosen_scale,
     done,
     errors,
-    growths,
     last_of,
     looked,
     of,
@@ -32,6 +30,7 @@ from residuum.experiments.p1_runs import (
     shuffled_of,
     unrolled,
 )
+from residuum.experiments.p1_shared import ablation, changes, naive, shared, whole_axis
 from residuum.experiments.p2_figures import plain_ticks
 from residuum.probes import groups
 from residuum.profiles import Profile
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Drawn = "matplotlib.figure.Figure | None"
-BLOCK = "block (lines: changes of shape)"
 PROJECTIONS = "Blocks that change the shape are left out."
 GROUPS = ("borderline", "correct", "all")
 ANSWERS = ("accuracy", "loss", "entropy")
@@ -53,7 +51,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
     kinds = {name: looked(scale, name) for name in KINDS}
     shuffled = {name: shuffled_of(scale, name) for name in KINDS}
     networks = runs_in(*kinds.values())
-    shared = {name: of(scale, name) for name in ("naive", "38", "110", "ubn")}
+    sharing = {name: of(scale, name) for name in ("naive", "38", "110", "ubn")}
     ablated = {name: of(scale, name) for name in ("ubn", *ABLATED, "naive", "110")}
     shown = {data: (*TABLE, "naive") if data == "cifar10" else TABLE for data in SCALES[scale].data}
     table = {data: {name: of(scale, name, data=data) for name in rows} for data, rows in shown.items()}
@@ -112,8 +110,16 @@ def figures(scale: str) -> tuple[Figure, ...]:
             "Naively shared network beside ResNet-38, which has equally many parameters (the submission says 32): "
             "loss, gradient ratio between the first and the last section, and norms at calibrated initialisation. Mean "
             "over seeds.",
-            runs_in(*shared.values()),
-            partial(_naive, tables=shared),
+            runs_in(*sharing.values()),
+            partial(naive, tables=sharing),
+        ),
+        Figure(
+            "p1-shared",
+            "P1, appendix",
+            "Networks that share: cosine and l2 ratio of each block, test accuracy of the final classifier on each "
+            f"state of the last section. Mean over seeds. {PROJECTIONS}",
+            runs_in(*(runs for name, runs in sharing.items() if name != "38")),
+            partial(shared, tables=sharing),
         ),
         Figure(
             "p1-ablation",
@@ -121,7 +127,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
             "UBN and what is left of it without one part: test accuracy over the epochs, and norm of the state at "
             "calibrated initialisation. Mean over seeds.",
             runs_in(*ablated.values()),
-            partial(_ablation, tables=ablated),
+            partial(ablation, tables=ablated),
         ),
         Figure(
             "p1-table1",
@@ -140,12 +146,6 @@ def _firsts(results: Results, kinds: Mapping[str, Seeds]) -> dict[str, Finished]
     return {name: results[runs[0].key] for name, runs in found.items() if runs}
 
 
-def _having(results: Results, tables: Mapping[str, Seeds]) -> dict[str, list[Finished]]:
-    """The complete runs of each network that has some."""
-    found = {name: [results[run.key] for run in done(results, runs).values()] for name, runs in tables.items()}
-    return {name: runs for name, runs in found.items() if runs}
-
-
 def _grid(title: str, kinds: Mapping[str, Finished]) -> tuple[object, list["Axes"]]:
     """A panel per network, with its name."""
     figure, axes = panels(title, (len(kinds) + 1) // 2, min(2, len(kinds)), width=5.6)
@@ -160,22 +160,6 @@ def _blocks(ax: "Axes", profile: Profile, quantity: str, *, label: str, number: 
     """A quantity along all blocks of a network."""
     values = along(profile, quantity)
     line(ax, range(1, len(values) + 1), values, label=label, number=number, fresh=fresh)
-
-
-def _changes(ax: "Axes", profile: Profile) -> None:
-    """Lines where the shape changes."""
-    ends = np.cumsum(profile.lengths)[:-1]
-    for end in ends:
-        ax.axvline(end + 0.5, color="0.6", linewidth=1)
-    ax.set_xlabel(BLOCK)
-
-
-def _epochs(ax: "Axes") -> None:
-    """A horizontal axis of whole epochs."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.set_xlabel("epoch")
 
 
 def _cosines(results: Results, *, kinds: Mapping[str, Seeds], shuffled: Mapping[str, Run]) -> Drawn:
@@ -196,7 +180,7 @@ def _cosines(results: Results, *, kinds: Mapping[str, Seeds], shuffled: Mapping[
             found = results[other.key].profile()
             _blocks(ax, found, "gradient_cosine", label="shuffled labels, test", number=3, fresh=True)
         ax.axhline(0, color="0.4", linewidth=1)
-        _changes(ax, run.profile())
+        changes(ax, run.profile())
         ax.set_ylabel("cosine of update and gradient")
     axes[0].legend()
     return figure
@@ -218,7 +202,7 @@ def _drops(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
         line(ax, range(1, len(values) + 1), values, label="without the block", number=0)
         ax.axhline(100 * along(profile, "intact_accuracy")[-1], color="0.3", linewidth=1, label="all blocks")
         ax.axhline(100 * along(profile, "chance")[-1], color="0.6", linewidth=1, linestyle=":", label="chance")
-        _changes(ax, profile)
+        changes(ax, profile)
         ax.set_ylabel("test accuracy, %")
         ax.set_ylim(bottom=0)
     axes[0].legend()
@@ -236,7 +220,7 @@ def _ratios(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
         for number, (split, label) in enumerate((("profile", "test"), ("train", "training"))):
             _blocks(ax, run.profile(split), "scaled_perturbation", label=label, number=number)
         _blocks(ax, run.profile("initial"), "scaled_perturbation", label="untrained, test", number=6, fresh=True)
-        _changes(ax, run.profile())
+        changes(ax, run.profile())
         ax.set_ylabel("l2 ratio |f| / |h|")
         ax.set_ylim(bottom=0)
     axes[0].legend()
@@ -261,7 +245,7 @@ def _answers(results: Results, *, kinds: Mapping[str, Seeds]) -> Drawn:
             epochs = range(1, len(rows) + 1)
             ax.plot(epochs, 100 * rows[:, state], color=color, marker=".", label=ends.get(state, "_"))
         ax.set_ylabel("test accuracy, %")
-        _epochs(ax)
+        whole_axis(ax)
         ax.legend()
     return figure
 
@@ -322,81 +306,6 @@ def _unrolling(results: Results, *, runs: Seeds) -> Drawn:
     losses = [along(run.profile(split), unrolled(scale, "loss")) for split in ("train", "profile")]
     said = ", ".join(f"{n} loss {v[0]:.3g} to {v[-1]:.3g}" for n, v in zip(("training", "test"), losses, strict=True))
     figure.suptitle(f"20 more runs of the last block at scale {scale:g}: {said}", fontsize=12)
-    return figure
-
-
-def _mean(runs: Sequence[Finished], of_run: Callable[[Finished], Sequence[float | None]]) -> list[float]:
-    """Mean over seeds of a curve; nan where a value is none."""
-    return np.mean(np.array([of_run(run) for run in runs], dtype=float), axis=0).tolist()
-
-
-def _row(name: str) -> Callable[[Finished], list[float | None]]:
-    return lambda run: [row.get(name) for row in run.history]
-
-
-def _initial(ax: "Axes", having: Mapping[str, Sequence[Finished]], quantity: str, words: str) -> None:
-    """A quantity along the blocks at calibrated initialisation, for those networks that have the depth of 110."""
-    for number, (name, runs) in enumerate(having.items()):
-        if name == "38":
-            continue
-        values = _mean(runs, lambda run: along(run.profile("initial"), quantity))
-        line(ax, range(1, len(values) + 1), values, label=NAMES[name], number=number, fresh=True)
-    _changes(ax, next(runs[0] for name, runs in having.items() if name != "38").profile("initial"))
-    ax.set(ylabel=words, yscale="log", title="at initialisation")
-    plain_ticks(ax)
-
-
-def _naive(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
-    having = _having(results, tables)
-    if not having:
-        return None
-    figure, (curves, ratios, norms, gradients) = panels("", 2, 2, width=6.0, height=3.8)
-    said = {}
-    for number, (name, runs) in enumerate(having.items()):
-        color = {"number": number}
-        train, test = _mean(runs, _row("train_loss")), _mean(runs, _row("test_loss"))
-        epochs = range(1, len(train) + 1)
-        line(curves, epochs, train, label=f"{NAMES[name]}, training", **color)
-        line(curves, epochs, test, label=f"{NAMES[name]}, test", fresh=True, **color)
-        if name == "naive":
-            better = _mean(runs, _row("recalibrated_test_loss"))
-            line(curves, epochs, better, label="the same, statistics re-estimated", number=6, fresh=True)
-        ratio = _mean(runs, _row("train_gradient_ratio"))
-        said[name] = 100 * float(np.mean(list(errors(results, done(results, tables[name])).values())))
-        if not all(map(math.isnan, ratio)):
-            line(ratios, epochs, ratio, label=NAMES[name], **color)
-    curves.set(ylabel="loss, nats", yscale="log")
-    ratios.set(ylabel="gradient, first / last section", yscale="log")
-    if having.keys() - {"38"}:
-        _initial(norms, having, "state_norm", "norm of the state |h|")
-        _initial(gradients, having, "gradient_norm", "norm of the gradient |dL/dh|")
-    else:
-        norms.remove()
-        gradients.remove()
-    for ax in (curves, ratios):
-        _epochs(ax)
-        plain_ticks(ax)
-    curves.legend()  # in the other panels colours and marks are the same
-    found = ", ".join(f"{NAMES[name]} {value:.1f} %" for name, value in said.items())
-    figure.suptitle(f"Test errors: {found}", fontsize=12)
-    return figure
-
-
-def _ablation(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
-    having = _having(results, tables)
-    if not having:
-        return None
-    figure, (curves, norms) = panels("", 1, 2, width=6.0, height=4.2)
-    for number, (name, runs) in enumerate(having.items()):
-        values = [100 * v for v in _mean(runs, _row("test_accuracy"))]
-        line(curves, range(1, len(values) + 1), values, label=NAMES[name], number=number)
-    curves.set(ylabel="test accuracy, %")
-    _epochs(curves)
-    curves.legend()
-    _initial(norms, having, "state_norm", "norm of the state |h|")
-    grown = {name: float(np.mean([max(growths(run.profile("initial"))) for run in r])) for name, r in having.items()}
-    said = ", ".join(f"{NAMES[name]} \u00d7 {value:.2g}" for name, value in grown.items())
-    figure.suptitle(f"Largest growth of the state within a section at initialisation:\n{said}", fontsize=11)
     return figure
 
 

@@ -45,6 +45,8 @@ RECOVERED = 0.5
 SAME = 0.01  # one point of accuracy
 TOLERANCE = {"cifar10": 0.5, "cifar100": 1.0}  # points of error, about what four runs differ by
 FACTOR_TWO = (0.5, 2.0)
+POINTS = 0.1  # of 51 images one and a half standard deviations
+GAIN = (0.0, 0.8)  # "about 0.3 %" in points: above 0, less than what two tables of four runs may differ by
 
 Statistic = Callable[[np.ndarray], float]
 Table = Callable[[Finished], Tensor]  # a row per image
@@ -165,6 +167,11 @@ def others_mild(results: Results, *, runs: Seeds) -> Obtained:
     return at_least(_kept(results, runs, lambda kept: float(np.median(kept[1:]))), MILD)
 
 
+def each_mild(results: Results, *, runs: Seeds, first: int) -> Obtained:
+    """What is left of it without the block that is missed most, from so many blocks after the start on."""
+    return at_least(_kept(results, runs, lambda kept: float(kept[first:].min())), MILD)
+
+
 def none_needed(results: Results, *, runs: Seeds) -> Obtained:
     """What is left of it without the block that is missed most."""
     return at_least(_kept(results, runs, lambda kept: float(kept.min())), CATASTROPHIC)
@@ -238,6 +245,17 @@ def borderline_count(results: Results, *, runs: Seeds, expected: int) -> Obtaine
     return between(mean_over(counts), *(factor * expected for factor in FACTOR_TWO))
 
 
+def borderline_right(results: Results, *, runs: Seeds, step: int, expected: float) -> Obtained:
+    """Share of borderline test images that are right before (0) or after (-1) the extra runs at the chosen scale."""
+
+    def table(run: Finished) -> Tensor:
+        found = _in_group(run.profile(), "borderline")
+        return columns(found, unrolled(chosen_scale(run), "accuracy"))[:, [step]]
+
+    effect = _effect(results, runs, table, lambda means: float(means[0]))
+    return between(effect, expected - POINTS, expected + POINTS)
+
+
 def train_loss_is(results: Results, *, runs: Seeds, step: int, expected: float) -> Obtained:
     """Training loss before (0) or after (-1) the extra runs of the last block at the chosen scale, to a factor of 2."""
     values = [
@@ -300,6 +318,17 @@ def worse(results: Results, *, after: Seeds, before: Seeds, split: str = "test")
 def better(results: Results, *, after: Seeds, before: Seeds) -> Obtained:
     """Test error of the first less that of the second, of the same seeds."""
     return below(paired(errors(results, after), errors(results, before)), 0.0)
+
+
+def gains(results: Results, *, after: Seeds, before: Seeds) -> Obtained:
+    """Points of test error that the second has more than the first, of the same seeds."""
+    more, less = ({seed: 100 * e for seed, e in errors(results, runs).items()} for runs in (before, after))
+    return between(paired(more, less), *GAIN)
+
+
+def grows_more(results: Results, *, after: Seeds, before: Seeds) -> Obtained:
+    """Growth of the state at calibrated initialisation, of the first by that of the second."""
+    return above(_beside_unshared(results, after, before, _growth), 1.0)
 
 
 def most_needed(results: Results, *, without: Seeds, others: Sequence[Seeds]) -> Obtained:
@@ -372,11 +401,11 @@ def initial_calm(results: Results, *, runs: Seeds, naive: Seeds, unshared: Seeds
     return replace(found, value=f"{found.value}; naive {explosion.value}")
 
 
-def ratio_larger(results: Results, *, runs: Seeds, before: Seeds) -> Obtained:
-    """Gradient ratio on training images, mean over epochs, by that of the other network."""
+def ratio_larger(results: Results, *, runs: Seeds, before: Seeds, split: str = "train") -> Obtained:
+    """Gradient ratio on training (or test) images, mean over epochs, by that of the other network."""
 
     def mean(run: Finished) -> float:
-        values = [row["train_gradient_ratio"] for row in run.history]
+        values = [row[f"{split}_gradient_ratio"] for row in run.history]
         if None in values:
             raise ValueError(f"the gradient ratio of seed {run.job.seed} is not finite in some epoch")
         return sum(values) / len(values)
