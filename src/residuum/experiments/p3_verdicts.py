@@ -118,7 +118,7 @@ def no_fewer_right(results: Results, *, of: Example, than: Example, sds: Sequenc
     for sd in sds:
         one, other = (accuracy_under(results, example, "noise", sd) for example in (of, than))
         gains[sd] = float(np.mean(list(one.values())) - np.mean(list(other.values())))
-    words = ", ".join(f"{gain:+.4f} at {sd:g}" for sd, gain in gains.items())
+    words = ", ".join(f"{gain:+.5f} at {sd:g}" for sd, gain in gains.items())
     return Obtained(f"{words}; must be at least 0", "pass" if min(gains.values()) >= 0 else "fail")
 
 
