@@ -18,9 +18,10 @@ from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.sharing import NAIVE
 from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import GAUSS4, RK4, STOERMER_VERLET
+from residuum.linear import Dense
 from residuum.loading import load_model, save_run
 from residuum.models import ResNet, ResNetConfig, count_parameters
-from residuum.solvers import Anderson, NewtonKrylov, Picard
+from residuum.solvers import Anderson, GradientDescent, NewtonKrylov, Picard
 
 SMALL = ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1, classes=3, norm="group")
 STEPS = [
@@ -42,7 +43,9 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 1, 8, 8)
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step).__name__)
+@pytest.mark.parametrize(
+    "step", [*STEPS, Theta(0.5, 0.1, solver=GradientDescent(), adjoint=Dense())], ids=lambda step: type(step).__name__
+)
 def test_a_network_of_any_step_comes_back_from_its_folder(step, tmp_path: Path) -> None:
     network, x = ResNet(replace(SMALL, step=step)).eval(), images()
     save_run(tmp_path, network, preparation=Preparation(255, (0.0,), (1.0,)), classes=("a", "b", "c"), training={})

@@ -7,14 +7,15 @@ from typing import Any
 from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.steps import Explicit, RungeKutta, Theta, in_turn
 from residuum.layers.tableaus import TABLEAUS, PartitionedTableau, Tableau
-from residuum.linear import GMRES, BiCGStab, Neumann
+from residuum.linear import GMRES, BiCGStab, Dense, Neumann
 from residuum.names import unknown
-from residuum.solvers import Anderson, NewtonKrylov, Picard
+from residuum.solvers import Anderson, GradientDescent, NewtonKrylov, Picard
 
 Step = Explicit | Theta | RungeKutta | Verlet | Additive | Leapfrog | Midpoint | Momentum
 
 # What `descriptions.rebuilt` may build where a step is described.
-STEPS = (*Step.__args__, Tableau, PartitionedTableau, Picard, Anderson, NewtonKrylov, Neumann, GMRES, BiCGStab)
+_SOLVERS = (Picard, Anderson, NewtonKrylov, GradientDescent, Neumann, GMRES, BiCGStab, Dense)
+STEPS = (*Step.__args__, Tableau, PartitionedTableau, *_SOLVERS)
 
 _REBUILT = 1e-5  # a tenth of the drift that a reversible stack allows, which adds up over the blocks between anchors
 # Steps by the names of the command line, with the setting that may follow the colon.
