@@ -18,7 +18,7 @@ from residuum.data import Splits, load_splits
 from residuum.layers.coupling import Coupling, achieved_sharing, alike, couple_gradients_, mix_weights_, tied
 from residuum.layers.lipschitz import Limit
 from residuum.layers.pairs import Verlet
-from residuum.layers.sharing import NAIVE, Sharing, fold
+from residuum.layers.sharing import NAIVE, Sharing, fold, share
 from residuum.layers.steps import Explicit
 from residuum.models import ResNet, ResNetConfig
 from residuum.rates import Cosine, Steps
@@ -334,6 +334,17 @@ def test_blocks_of_steps_start_alike_and_stay_so(digits: Splits, step: Explicit 
     train(model, digits, TrainConfig(epochs=1, batch=48, coupling=Coupling(1.0, "all")))
     for row in alike(model.sections[0], "all"):
         assert all(torch.equal(p, row[0]) for p in row)
+
+
+def test_blocks_with_shared_statistics_keep_their_own_scales() -> None:
+    blocks = share([nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))], [0, 0, 0], affine="unshared")
+    for scale, block in enumerate(blocks, start=1):
+        nn.init.constant_(block[1][1].weight, scale)
+    again = tied(blocks)
+    assert [block[1][1].weight.tolist() for block in again] == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
+    assert len({id(block[0].weight) for block in again}) == len({id(block[1][0]) for block in again}) == 1
+    assert len(alike(blocks, tied=True)) == 2  # of the convolution
+    assert torch.equal(again.eval()[2](x := torch.randn(2, 2, 3, 3)), blocks.eval()[2](x))
 
 
 def test_parameters_correspond_by_name_and_not_by_the_order_of_making() -> None:

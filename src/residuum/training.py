@@ -20,7 +20,7 @@ from residuum.layers.coupling import Coupling
 from residuum.layers.held import part_copies_
 from residuum.layers.lipschitz import overshoot
 from residuum.layers.reversible import DriftError
-from residuum.layers.sharing import NORMS
+from residuum.layers.sharing import weights_of
 from residuum.layouts import arranged, fast_layout
 from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
@@ -406,11 +406,11 @@ def _about(job: "Job", loss: Loss) -> dict[str, Any]:
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a training, with weight decay on weights only: two or more dimensions, and not of a norm."""
-    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
+    weights = {id(p) for p in weights_of(model).values()}
     parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for p in model.parameters():
         if p.requires_grad:
-            parts[p.ndim > 1 and id(p) not in of_norms].append(p)
+            parts[p.ndim > 1 and id(p) in weights].append(p)
     groups = [{"params": p, "weight_decay": config.weight_decay * decays} for decays, p in parts.items()]
     groups = [group for group in groups if group["params"]]
     if config.optimiser == "adam":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residuum.layers.sharing import NORMS, as_list, with_norms
+from residuum.layers.sharing import as_list, norms_of, weights_of, with_norms
 from residuum.names import unknown
 from residuum.rates import RATES, Rate
 
@@ -206,10 +206,7 @@ def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
         for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
             ours.copy_(theirs)
         return as_list([first] * len(blocks))
-    own = (
-        {name: m for name, m in block.named_modules() if isinstance(m, NORMS)} for block in copy.deepcopy(list(blocks))
-    )
-    return as_list(with_norms(first, norms) for norms in own)
+    return as_list(with_norms(first, norms_of(block)) for block in copy.deepcopy(list(blocks)))
 
 
 def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
@@ -286,9 +283,7 @@ def _rows(tables: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, ...]]:
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
     """The parameters of a block that are coupled, by name."""
-    norms = () if couple == "all" else (module for module in block.modules() if isinstance(module, NORMS))
-    left_out = {id(p) for norm in norms for p in norm.parameters()}
-    return {name: p for name, p in block.named_parameters() if id(p) not in left_out}
+    return dict(block.named_parameters()) if couple == "all" else weights_of(block)
 
 
 def _one_statistics_(blocks: Blocks) -> None:

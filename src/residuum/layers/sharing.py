@@ -15,7 +15,7 @@ from residuum.names import unknown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-NORMS = (*BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (*BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS = ("shared", "unshared")
 
 
@@ -184,6 +184,17 @@ def batch_norms(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in block.named_modules() if isinstance(module, BATCH_NORMS)}
 
 
+def norms_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The norms of a block by their names; an `Affine` beside shared statistics is part of one."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, (*_NORMS, Affine))}
+
+
+def weights_of(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a block by their names, without those of its norms."""
+    of_norms = {id(p) for norm in norms_of(block).values() for p in norm.parameters()}
+    return {name: p for name, p in block.named_parameters() if id(p) not in of_norms}
+
+
 def own_statistics(norm: nn.Module) -> nn.Module:
     """A batch norm with the same scale and shift (the very parameters) and a copy of the statistics."""
     return copy.deepcopy(norm, {id(p): p for p in norm.parameters()})
@@ -298,13 +309,8 @@ def _fold_(module: nn.Module) -> int:
 
 def _tied(a: nn.Module, b: nn.Module) -> bool:
     """Whether two blocks use the same weights: all parameters but those of norms are the same objects."""
-    return type(a) is type(b) and _weights(a) == _weights(b) != []
-
-
-def _weights(block: nn.Module) -> list[int]:
-    norms = (module for module in block.modules() if isinstance(module, (*NORMS, Affine)))
-    of_norms = {id(p) for norm in norms for p in norm.parameters()}
-    return [id(p) for p in block.parameters() if id(p) not in of_norms]
+    mine, theirs = ([id(p) for p in weights_of(block).values()] for block in (a, b))
+    return type(a) is type(b) and mine == theirs != []
 
 
 def _refill_(blocks: nn.ModuleList | nn.Sequential, content: Iterable[nn.Module]) -> None:
