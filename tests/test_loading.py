@@ -297,3 +297,5 @@ def test_import_torchvision_can_be_repeated_and_says_other_failures(monkeypatch:
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(ImportError, match="torchvision does not import: something else"):
         import_torchvision()
+    with pytest.raises(ValueError, match=r'^"timm:resnet10t" cannot be made: .*torchvision does not import: something'):
+        load_model("timm:resnet10t")

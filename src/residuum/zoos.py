@@ -51,7 +51,7 @@ def find(kind: str, name: str, *, pretrained: bool, classes: int | None) -> Foun
         classes: Outputs of a network with random weights; None is its usual number.
 
     Raises:
-        ValueError: If the package is missing or the name is unknown (the nearest are offered).
+        ValueError: If the package is missing or does not import, or the name is unknown (the nearest are offered).
         OSError: If trained weights cannot be had.
     """
     package, extra, make = ZOOS[kind]
@@ -61,8 +61,10 @@ def find(kind: str, name: str, *, pretrained: bool, classes: int | None) -> Foun
 
             import_torchvision()
         importlib.import_module(package)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ValueError(f'"{kind}:{name}" needs {error.name or package}: pip install residuum[{extra}]') from error
+    except ImportError as error:
+        raise ValueError(f'"{kind}:{name}" cannot be made: {one_line(error)}') from error
     try:
         return make(name, pretrained, classes)
     except (OSError, RuntimeError) as error:
