@@ -130,6 +130,7 @@ def broken(): return 1 / 0
         (["FILE"], "names no function; write path/to/file.py:function"),
         (["missing.py:study"], "no such file: missing.py"),
         (["FILE:study", "--workers", "0"], "workers is 0; it must be at least 1"),
+        (["FILE:study", "--engine", "slurm", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["FILE:study", "--time-limit", "0"], "the time limit is 0.0 minutes; it must be above 0"),
         (["FILE:study", "--memory", "-1"], "the memory of a run is -1.0 GB"),
         (["FILE:study", "--gpu", "1.5"], "the share of a GPU is 1.5"),

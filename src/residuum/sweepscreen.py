@@ -102,7 +102,7 @@ def _engine(how: Carried, out: Path) -> Engine:
     if how.engine == "ray":
         return Ray(how.workers, each)
     if how.engine == "slurm":
-        return Slurm(out.absolute() / "slurm", how.workers or Slurm.workers, each)
+        return Slurm(out.absolute() / "slurm", Slurm.workers if how.workers is None else how.workers, each)
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Pool(here if how.workers is None else how.workers, each)
 
