@@ -525,6 +525,17 @@ def test_the_gradient_ratio_is_that_of_the_probes(transition: str) -> None:
     torch.testing.assert_close(ours, (norms[:, 0] / last).to(ours.dtype))
 
 
+def test_the_gradient_ratio_leaves_no_hook_when_it_fails() -> None:
+    model = ResNet(ResNetConfig((2, 2), (4, 6), 1, 3, "projection", stem=2)).double()
+    with pytest.raises(RuntimeError, match="to have 1 channels"):
+        gradient_ratio(model, images().expand(-1, 5, -1, -1), torch.zeros(6))
+    single = ResNet(ResNetConfig((2,), (4,), 1, 3, "projection", stem=2)).double()
+    with pytest.raises(ValueError, match="has only one"):
+        gradient_ratio(single, images(), torch.zeros(6))
+    assert not model.widen._forward_pre_hooks
+    assert not single.widen._forward_pre_hooks
+
+
 def test_gradient_ratios_are_followed_over_training() -> None:
     follow = gradient_ratios(data(), images=30, batch=16)
     history = train(network(UBN).float(), data(), TrainConfig(epochs=2, batch=24, lr=0.05), after_epoch=follow)

@@ -36,19 +36,22 @@ def gradient_ratio(
 
     Source: P1 (Jastrzebski et al. 2018), section 4.5 and figure 8.
     """
-    entered: list[Tensor] = []  # the state before a projection that the first section begins with
-    handle = model.widen and model.widen.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
     stream = model.cut(x.detach().requires_grad_())  # so that states have gradients in a frozen network, too
     if len(stream.sections) < 2:
         raise ValueError("gradient_ratio compares the first section with the last; the network has only one")
+    entered: list[Tensor] = []  # the state before a projection that the first section begins with
+    handle = model.widen and model.widen.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    try:
+        with torch.enable_grad():
+            trace = stream.run()
+    finally:
+        if handle:
+            handle.remove()
     with torch.enable_grad():
-        trace = stream.run()
         first = entered[0] if entered else trace.states[0][0]
         last = trace.states[-2][-1] if stream.sections[-1].passed else trace.states[-1][0]
         loss = Reader.of(trace.output, y, None)(trace.output)[1]["loss"]
         down, up = torch.autograd.grad(loss.sum(), (first, last))
-    if handle:
-        handle.remove()
     return ratio(norm(down), norm(up))
 
 
