@@ -47,6 +47,29 @@ def test_help_imports_no_torch_and_lists_the_commands() -> None:
     assert re.findall(r"• (\w+)", done.stdout) == commands
 
 
+@pytest.mark.parametrize(
+    ("message", "advised"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_smaller_batch_is_advised_where_memory_ran_out(
+    message: str, advised: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(commands, "demo", fail)
+    if not advised:
+        with pytest.raises(RuntimeError, match=message):
+            main(["demo"])
+        return
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == f"residuum: {message.splitlines()[0]}; try a smaller --batch\n"
+
+
 @pytest.mark.parametrize("command", ["demo", "train", "probe"])
 def test_every_command_that_runs_a_network_has_the_common_options(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:

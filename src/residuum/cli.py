@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ConvergenceError | DriftError):
             print(f"residuum: {error}", file=sys.stderr)
             return 2
-        if "memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA's; torch's
             raise
         print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)
         return 2
