@@ -148,6 +148,7 @@ def test_bad_input_is_refused_before_anything_starts(
 
     (tmp_path / "study.py").write_text(FILE)
     (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / ".partial-x").touch()
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for module in ("ray", "slurm"):
@@ -159,7 +160,7 @@ def test_bad_input_is_refused_before_anything_starts(
     assert main(["sweep", *words, *out]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+    assert {path.name for path in (tmp_path / "foreign").iterdir()} == {".partial-x", "thesis.tex"}
 
 
 def test_slurm_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,9 @@ def prepare(out: Path) -> Path:
         if place.is_file():
             raise NotADirectoryError(f"{place} is a file, so there can be no runs in {out}; choose another folder")
     if not (out / _MARK).is_file():
-        others = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-        if [name for name in others if not name.startswith(PARTIAL)]:
+        names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+        others = [name for name in names if not name.startswith(PARTIAL)]
+        if others:
             raise FileExistsError(f"{out} holds other files ({others[0]}), not runs; choose an empty or a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
