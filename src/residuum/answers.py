@@ -17,7 +17,7 @@ def correct(output: Float[Tensor, "example class"], y: Tensor) -> Bool[Tensor, "
     Source: exact match with the m largest outputs: Spoerer et al. 2017, "Recurrent Convolutional Neural Networks: A
     Better Model of Biological Object Recognition".
     """
-    return output.argmax(1) == y if y.ndim == 1 else (_largest(output, y) == y.bool()).all(1)
+    return output.argmax(1) == y if y.ndim == 1 else (largest(output, y) == y.bool()).all(1)
 
 
 def found_classes(
@@ -27,10 +27,12 @@ def found_classes(
 
     For m of ten digits a blind guess finds m / 10 of them, while its chance of an exact match is 1 / (10 choose m).
     """
-    return (_largest(output, y) & y.bool()).sum(1) / y.sum(1).clamp(min=1)
+    return (largest(output, y) & y.bool()).sum(1) / y.sum(1).clamp(min=1)
 
 
-def _largest(output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]) -> Bool[Tensor, "_ _"]:
+def largest(
+    output: Float[Tensor, "example class"], y: Shaped[Tensor, "example class"]
+) -> Bool[Tensor, "example class"]:
     """The outputs that are among the m largest of their example, where y has m ones."""
     ranks = output.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ranks < y.sum(1, keepdim=True)

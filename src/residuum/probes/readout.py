@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from residuum.answers import largest
 from residuum.names import one_line
 from residuum.probes.passive import ratio, token_mask, wide
 from residuum.profiles import Measure, Point, measure
@@ -168,8 +169,7 @@ class Reader:
 
     def _several(self, output: Tensor) -> dict[str, Tensor]:
         ones, broken = self.target.bool(), _broken(output)
-        rank = output.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        answer = (rank < ones.sum(1, keepdim=True)).to(torch.int8).masked_fill(broken[:, None], -1)
+        answer = largest(output, ones).to(torch.int8).masked_fill(broken[:, None], -1)
         chances = torch.stack([output.sigmoid(), (-output).sigmoid()])
         loss = F.softplus(torch.where(ones, -output, output)).mean(1)  # see `_label_loss`
         entropy = torch.special.entr(chances).sum(0).mean(1)
