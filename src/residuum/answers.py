@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+GUESSING = 0.02  # a network whose error is not further than this below that of guessing has no answer to compare with
+
 
 def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> Float[Tensor, ""]:
     """Mean over the examples: cross-entropy, or for 0/1 labels the binary cross-entropy averaged over classes."""

@@ -5,6 +5,7 @@ from math import exp, log10
 from typing import Any
 
 from residuum import changed
+from residuum.answers import GUESSING
 from residuum.changed import by_count, intact, kind
 from residuum.readings import Table, Value, listed, number, percent, place
 
@@ -260,7 +261,7 @@ def undefined(found: dict[str, Any], blocks: int | None = None, name: str = "") 
 def hopeless(found: dict[str, Any]) -> str:
     """That a network is too close to guessing for indices of errors; "" if it is not."""
     own, chance = found.get("intact_error"), found.get("chance_error")
-    if own is None or chance is None or chance - own > 0.02:
+    if own is None or chance is None or chance - own > GUESSING:
         return ""
     return f"{percent(own)} of its answers are wrong, by guessing {percent(chance)}"
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
+from residuum.answers import GUESSING
 from residuum.draws import means_of_draws
 from residuum.probes.passive import ratio
 from residuum.profiles import Profile
 
-_ROOM = 0.02  # least distance of the network's error from guessing; below it the indices are undefined
 _ENTRIES_AT_ONCE = 2**22  # entries of the table of draws that are held in float64 at once
 
 
@@ -71,7 +71,7 @@ def convergence_indices(
     sample = _Sample.of(profile, draws, level, seed)
     chance = 1 - sample.means("chance")
     own = 1 - sample.means("intact_accuracy") if by == "accuracy" else torch.zeros_like(chance)
-    room = (chance - own).masked_fill(chance - own <= _ROOM, torch.nan)
+    room = (chance - own).masked_fill(chance - own <= GUESSING, torch.nan)
 
     areas: dict[str, Float64[Tensor, "draw section"]] = {}
     for intervention in ("drop_last", "drop_first", "replace", "shuffle", "unroll_1"):

@@ -5,12 +5,12 @@ from math import fsum
 from typing import Any
 
 from residuum import conclusions
+from residuum.answers import GUESSING
 from residuum.changed import intact, kind
 from residuum.conclusions import bracket, costs, power
 from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
 
 SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
-GUESSING = 0.02  # a network within two points of guessing has no answer that could be there early
 Lengths = Sequence[int]
 
 
