@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from residuum.schedules import drop, full, path_of, prefix, repeat, replace, shuffle, swap, tree_size, unroll
+from residuum.schedules import (
+    drop,
+    full,
+    last_section,
+    path_of,
+    prefix,
+    repeat,
+    replace,
+    shuffle,
+    swap,
+    tree_size,
+    unroll,
+)
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
@@ -30,6 +42,7 @@ def test_what_they_give() -> None:
     assert prefix(s, 1, 1) == ((0, 1, 2, 3), (0,))
     assert unroll(s, 0, 2) == ((0, 1, 2, 3, 3, 3), (0, 1))
     assert path_of(((1,), (0, 0))) == ((0, -1), (0, 1), (1, -1), (1, 0), (1, 0))
+    assert (last_section((4, 2)), last_section((4, 0)), last_section((0,))) == (1, 0, 0)
 
 
 @given(places())

@@ -11,6 +11,7 @@ from residuum.facts import Facts
 from residuum.folders import Result
 from residuum.plots import Line
 from residuum.readings import Table, Value, place
+from residuum.schedules import last_section
 
 
 class Panel(NamedTuple):
@@ -241,7 +242,7 @@ def _unrolled(result: Result, curves: Sequence[Curve]) -> dict[str, Panel]:
 
 def _steps(curve: Curve, quantity: str, *, hidden: bool) -> list[Line]:
     """The lines of one network over extra steps."""
-    lines, last = [], max((s for s, length in enumerate(curve.lengths) if length), default=0)
+    lines, last = [], last_section(curve.lengths)
     for scale in changed.scales(curve.table, quantity):
         for s, (section, blocks) in enumerate(curve.sections):
             # Far sections and other scales of the networks beside this one would crowd the legend.
@@ -257,7 +258,7 @@ def _steps(curve: Curve, quantity: str, *, hidden: bool) -> list[Line]:
 
 def _exploded(result: Result) -> int | None:
     """The first extra step of the last section, unscaled, after which some example's loss is infinite."""
-    last = max((s for s, length in enumerate(result.lengths) if length), default=0)
+    last = last_section(result.lengths)
     steps = [i - result.lengths[last] for s, i, _ in result.infinite.get("unroll_1_loss", ()) if s == last]
     return min(steps, default=None)
 
@@ -288,7 +289,7 @@ def _groups(result: Result) -> dict[str, Panel]:
     """Borderline, right and all examples over the last blocks, and over extra steps of the last block."""
     found: dict[str, Panel] = {}
     lengths = result.lengths
-    last = max((s for s, length in enumerate(lengths) if length), default=0)
+    last = last_section(lengths)
     first = max(0, lengths[last] - 5) if lengths else 0
     for quantity, label, unit in (
         ("accuracy", "right answers", "%"),

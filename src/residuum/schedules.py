@@ -122,6 +122,15 @@ def unroll(schedule: Schedule, section: int, times: int) -> Schedule:
     return _with(schedule, section, row + (row[-1],) * times)
 
 
+def last_section(lengths: Sequence[int]) -> int:
+    """The last section that has blocks; 0 where none has.
+
+    Args:
+        lengths: Number of blocks of each section.
+    """
+    return max((s for s, length in enumerate(lengths) if length), default=0)
+
+
 def tree_size(schedules: Iterable[Schedule]) -> int:
     """Number of block evaluations that a set of schedules needs if every distinct prefix is evaluated once.
 

@@ -10,6 +10,7 @@ from residuum.probes.intervene import SCALES, scaled
 from residuum.probes.passive import passive, perturbation, state_norm, wide
 from residuum.probes.readout import Reader, readouts
 from residuum.profiles import Measure, Point, Probe, Profile, measure
+from residuum.schedules import last_section
 from residuum.streams import Stream
 
 
@@ -41,7 +42,7 @@ def margins(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     right, wrong = _several(output, read.target) if read.several else _single(output, read.target)
     margin = right - wrong
     margin = read.per_example(margin.masked_fill(margin.isinf(), torch.nan))
-    last = max(s for s, length in enumerate(stream.lengths) if length)
+    last = last_section(stream.lengths)
     note = "mean over the counted tokens of an example" if read.counted is not None else ""
     return {"margin": measure([margin], [Point(last, stream.lengths[last])], "state", note=note)}
 
@@ -118,7 +119,7 @@ def unrolled(probe: Probe, *, times: int = 20, scale: float = 1.0) -> Probe:
         raise ValueError(f"unrolled: times is {times}; it must be 1 or more")
 
     def of_steps(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
-        last = max(s for s, length in enumerate(stream.lengths) if length)
+        last = last_section(stream.lengths)
         section = stream.sections[last]
         longer = replace(section, blocks=section.blocks + (scaled(section.blocks[-1], scale),) * times)
         sections = (*stream.sections[:last], longer, *stream.sections[last + 1 :])

@@ -11,7 +11,7 @@ from torch import Tensor
 from residuum.probes.passive import dot, norm, origin, ratio
 from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, measure
-from residuum.schedules import drop
+from residuum.schedules import drop, last_section
 from residuum.streams import Stream, run_all
 
 
@@ -132,7 +132,7 @@ def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
 
 def _plugin(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
     """The states of the last section, each handed to the readout."""
-    last = max(s for s, length in enumerate(stream.lengths) if length)
+    last = last_section(stream.lengths)
     seen: dict[Point, _Seen] = {}
     own, losses = set(), []
     for step in stream.walk():

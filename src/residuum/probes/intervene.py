@@ -11,7 +11,7 @@ from torch import Tensor
 from residuum import schedules
 from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, measure
-from residuum.schedules import Schedule, full
+from residuum.schedules import Schedule, full, last_section
 from residuum.streams import Block, Stream, run_all
 
 _VALUES = ("loss", "entropy", "accuracy", "agreement", "flip")
@@ -204,7 +204,7 @@ def interventions(*kinds: Intervention) -> Probe:
         cases = [case for kind in kinds for case in kind(stream.lengths)]
         cases = [case for case in cases if not case.skip or stream.sections[case.point.section].skip]
         read, intact, values = _run(stream, cases, target)
-        last = max(s for s, length in enumerate(stream.lengths) if length)
+        last = last_section(stream.lengths)
         end = [Point(last, stream.lengths[last])]
         measures = {
             name if name == "chance" else f"intact_{name}": measure([intact[name]], end, "state", note=read.note(name))

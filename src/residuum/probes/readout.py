@@ -15,6 +15,7 @@ from residuum.answers import largest
 from residuum.names import one_line
 from residuum.probes.passive import ratio, token_mask, wide
 from residuum.profiles import Measure, Point, measure
+from residuum.schedules import last_section
 from residuum.streams import Stream
 
 _IGNORED = -100  # the label of tokens that do not count, as in torch's cross-entropy
@@ -99,7 +100,7 @@ def misfit(output: Tensor, target: Tensor | None) -> str:
 
 def _exits(stream: Stream) -> Iterator[tuple[list[Point], Tensor]]:
     """The output at every state, with the states that share it."""
-    last = max(s for s, length in enumerate(stream.lengths) if length)
+    last = last_section(stream.lengths)
     shared: list[Point] = []
     for step in stream.walk():
         s, i = step.section, step.index
