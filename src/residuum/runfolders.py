@@ -114,8 +114,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) -> None:
-    """Make the folder and write run.json; in one that is there, remove what was half written.
+def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) -> bool:
+    """Make the folder and write run.json; set a damaged one aside, and in a half one remove what was half written.
 
     Args:
         folder: OUT/runs/<key>.
@@ -123,9 +123,16 @@ def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) ->
         description: What determines it.
         settings: The same with every default, for those who read it.
 
+    Returns:
+        Whether there is anything to do; a complete folder is left as it is.
+
     Raises:
         ValueError: If the folder is of another run.
     """
+    standing = stand(folder)
+    if standing.state == "complete":
+        return False
+    aside = set_aside(folder) if standing.state == "damaged" else None
     folder.mkdir(exist_ok=True)
     there = read_object(folder / "run.json")
     strange = [path.name for path in folder.iterdir() if path.name not in _BESIDE and not path.name.startswith(PARTIAL)]
@@ -137,6 +144,9 @@ def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) ->
     if not there:
         content = {"format": FORMAT, "key": key, "description": description, "settings": settings}
         write_json(folder / "run.json", content | {"version": __version__})
+    if aside:
+        log(folder, f"{standing.reason}: what was there is set aside in {aside.name}")
+    return True
 
 
 def finish(folder: Path, seconds: float) -> None:

@@ -356,16 +356,11 @@ def perform(job: Job, folder: Path, settings: Settings, progress: Bar = quiet) -
     Raises:
         Exception: Whatever the run raises; failed.json says it, too.
     """
-    standing = runfolders.stand(folder)
-    if standing.state == "complete":
+    if not runfolders.begin(folder, job.key, job.describe(), described(job)):
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return
-    aside = runfolders.set_aside(folder) if standing.state == "damaged" else None
-    runfolders.begin(folder, job.key, job.describe(), described(job))
     try:
         log(folder, f"begins; residuum {__version__}")
-        if aside:
-            log(folder, f"{standing.reason}: what was there is set aside in {aside.name}")
         start = time.perf_counter()
         job.execute(folder, settings, progress)
         runfolders.finish(folder, time.perf_counter() - start)

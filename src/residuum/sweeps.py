@@ -202,13 +202,5 @@ def _short(value: Any) -> str:
 def _begin(job: Job, folder: Path, settings: Settings) -> None:
     """Write into a run's folder what a worker reads; if another process carries the run out, it has done so."""
     with runfolders.locked(folder, wait=False) as mine:
-        if not mine:
-            return
-        standing = runfolders.stand(folder)
-        if standing.state == "complete":
-            return
-        aside = runfolders.set_aside(folder) if standing.state == "damaged" else None
-        runfolders.begin(folder, job.key, job.describe(), described(job))
-        worker.write_settings(folder, settings)
-        if aside:
-            runfolders.log(folder, f"{standing.reason}: what was there is set aside in {aside.name}")
+        if mine and runfolders.begin(folder, job.key, job.describe(), described(job)):
+            worker.write_settings(folder, settings)
