@@ -25,7 +25,7 @@ from residuum.layers.anystep import step_of
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
 from residuum.layers.sharing import NAIVE, UBN
-from residuum.loading import LoadedModel, load_model, save_run, trained_on
+from residuum.loading import LoadedModel, load_model, save_run
 from residuum.models import ResNet, ResNetConfig, network_of, scaled
 from residuum.names import one_line, unknown
 from residuum.penalties import penalty_of
@@ -38,7 +38,6 @@ from residuum.results import write_findings, write_provenance, write_run
 from residuum.stability import draw
 from residuum.training import Row, TrainConfig
 from residuum.training import train as train_network
-from residuum.zoos import Reads
 
 # Names of networks and folders are text, not markup.
 screen = Console(highlight=False, soft_wrap=True, markup=False)
@@ -379,10 +378,7 @@ def _trained(
         if checkpoint and checkpoint.exists():
             raise KeyboardInterrupt(f"the same command goes on from {checkpoint}") from None
         raise
-    training = write_run(folder, model, data, config, history)
-    preparation = data.train.preparation
-    reads = Reads(preparation.size, preparation.mean, preparation.std)
-    return LoadedModel(model, "residual network", trained_on(training), reads, data.train.classes, training)
+    return write_run(folder, model, data, config, history)
 
 
 def _loaded(flags: options.Probe, classes: int | None) -> LoadedModel:

@@ -14,22 +14,23 @@ from residuum.convergence import companions, convergence_indices
 from residuum.data import ImageSet, Splits, TextSet
 from residuum.files import write_atomically, write_json
 from residuum.indices import depth_advice, indices
-from residuum.loading import LoadedModel, save_run
+from residuum.loading import LoadedModel, save_run, trained_on
 from residuum.models import ResNet
 from residuum.probes import groups
 from residuum.probing import Findings
 from residuum.profiles import Profile
 from residuum.training import Row, TrainConfig
+from residuum.zoos import Reads
 
 if TYPE_CHECKING:
     import pandas
 
 
-def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, history: list[Row]) -> dict[str, Any]:
+def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, history: list[Row]) -> LoadedModel:
     """Write a trained network: config.json and weights.safetensors.
 
     Returns:
-        Settings, data and history of the training, as JSON values.
+        The network as it is measured, with settings, data and history of its training.
     """
     about = {
         "data": data.train.name,
@@ -39,8 +40,10 @@ def write_run(folder: Path, model: ResNet, data: Splits, config: TrainConfig, hi
         "history": history,
     }
     training = config.describe() | about
-    save_run(folder, model, preparation=data.train.preparation, classes=data.train.classes, training=training)
-    return training
+    prepare, classes = data.train.preparation, data.train.classes
+    save_run(folder, model, preparation=prepare, classes=classes, training=training)
+    reads = Reads(prepare.size, prepare.mean, prepare.std)
+    return LoadedModel(model, "residual network", trained_on(training), reads, classes, training)
 
 
 def write_findings(folder: Path, findings: Findings) -> None:

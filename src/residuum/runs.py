@@ -18,7 +18,7 @@ from residuum.data.images import NAMES
 from residuum.descriptions import described, key_of
 from residuum.jobs import Job, Settings, from_checkpoint, job_from, threads_of_torch
 from residuum.layers.coupling import Coupling
-from residuum.loading import NETWORK, LoadedModel, trained_on
+from residuum.loading import NETWORK
 from residuum.models import ResNet, ResNetConfig
 from residuum.names import unknown
 from residuum.penalties import Penalty
@@ -31,7 +31,6 @@ from residuum.results import write_findings, write_profile, write_provenance, wr
 from residuum.runfolders import CHECKPOINT, FORMAT, locked, log
 from residuum.training import Row, TrainConfig, train
 from residuum.watching import AfterEpoch, gradient_ratios, recalibration
-from residuum.zoos import Reads
 
 _MADE = "digitclutter"  # the data set that is made, not read
 _FILE = "FILE.npz"  # stands for the place of a file in what a key is made of
@@ -213,10 +212,7 @@ class Run:
             data = self.data.load(seed=self.seed, root=settings.data_root, made=made, progress=progress)
             config = replace(self.training, seed=self.seed)
             model, history = self._trained(data, config, folder, settings, progress)
-            about = write_run(folder, model, data, config, history)
-            prepare, classes = data.train.preparation, data.train.classes
-            reads = Reads(prepare.size, prepare.mean, prepare.std)
-            loaded = LoadedModel(model, "residual network", trained_on(about), reads, classes, about)
+            loaded = write_run(folder, model, data, config, history)
             measured, findings = data, None
             if self.probes:
                 measured = data._replace(test=data.test.take(self.probe_limit, seed=0))
