@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Complex, Float
 
-from residuum.files import write_atomically
+from residuum.drawing import save
 from residuum.layers.controlled import Spectrum
 from residuum.layers.steps import Explicit, Theta
 from residuum.layers.tableaus import Tableau
@@ -166,10 +166,7 @@ def draw(folder: Path) -> list[Path]:
     written = []
     with rc_context({"font.size": 11, "axes.titlesize": 12}):
         for name, figure in (("phase_plane", phase_plane(0.5)), ("regions", _regions())):
-            for suffix in (".png", ".pdf"):
-                path = folder / f"{name}{suffix}"
-                write_atomically(path, lambda part, kind=suffix[1:], f=figure: f.savefig(part, format=kind, dpi=150))
-                written.append(path)
+            written += save(figure, folder, name)
     return written
 
 
