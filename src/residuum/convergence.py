@@ -1,6 +1,5 @@
 """Is a network iterative and convergent? The three indices of P0, with intervals, and what tells it without labels."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from residuum.answers import GUESSING
 from residuum.draws import means_of_draws
 from residuum.probes.passive import ratio
 from residuum.profiles import Profile
+from residuum.readings import finite
 
 _ENTRIES_AT_ONCE = 2**22  # entries of the table of draws that are held in float64 at once
 
@@ -89,7 +89,7 @@ def convergence_indices(
         else None,
         "divergence": areas.get("unroll_1"),
     }
-    errors = {"intact_error": _number(own[0]), "chance_error": _number(chance[0])}
+    errors = {"intact_error": finite(own[0].item()), "chance_error": finite(chance[0].item())}
     return {name: sample.index(table) for name, table in found.items() if table is not None} | errors
 
 
@@ -177,7 +177,7 @@ def best_scale(profile: Profile) -> dict[str, Any]:
     means = {scale: values.nanmean().item() for scale, values in losses.items()}
     return {
         "scale": float(min(means, key=lambda scale: means[scale])),
-        "loss": {scale: _number(mean) for scale, mean in means.items()},
+        "loss": {scale: finite(mean) for scale, mean in means.items()},
         "exploded": {scale: values.isinf().double().mean().item() for scale, values in losses.items()},
     }
 
@@ -228,9 +228,4 @@ class _Sample:
         tail = (1 - self.level) / 2
         low, high = column[1:].nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
         undefined = int(column[1:].isnan().sum())
-        return {"value": column[0].item(), "low": _number(low), "high": _number(high), "undefined_draws": undefined}
-
-
-def _number(value: float | Tensor) -> float | None:
-    """None for what JSON cannot say."""
-    return float(value) if math.isfinite(value) else None
+        return {"value": column[0].item(), "low": finite(low), "high": finite(high), "undefined_draws": undefined}

@@ -7,6 +7,7 @@ from torch import nn
 from residuum.data import ImageSet, Preparation, batches
 from residuum.probes import groups, margins, readouts
 from residuum.profiles import Profile, profile
+from residuum.readings import finite
 from residuum.training import EVALUATION_BATCH, Row
 
 _QUANTITIES = ("accuracy", "loss", "entropy")
@@ -73,7 +74,7 @@ def watch(
 def _by_section(found: Profile, name: str) -> dict[str, list[float | None]]:
     """Means at the states of every section, in their order; None for what JSON cannot say."""
     points = found.measures[name].points
-    means = [mean if abs(mean) < float("inf") else None for mean in found.mean(name).tolist()]
+    means = [finite(mean) for mean in found.mean(name).tolist()]
     return {
         section: [mean for mean, point in zip(means, points, strict=True) if point.section == s]
         for s, section in enumerate(found.sections)

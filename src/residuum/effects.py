@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 
 from residuum.draws import means_of_draws
+from residuum.readings import finite
 
 LEVEL = 0.95
 
@@ -44,7 +45,7 @@ class Effect:
     def describe(self) -> dict[str, float | int | str | None]:
         """The effect as JSON values; None for what is infinite or undefined."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: v if math.isfinite(v) else None for name, v in numbers.items()} | {
+        return {name: finite(v) for name, v in numbers.items()} | {
             "n": self.n,
             "over": self.over,
             "level": self.level,

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 
 from residuum.profiles import Measure, Profile
+from residuum.readings import finite
 
 # An index: {"sections": one number per section, "network": one for all}; None where it is not defined.
 Index = dict[str, float | list[float | None] | None]
@@ -54,7 +55,7 @@ def indices(profile: Profile) -> dict[str, Index | float | None]:
             found[mean_name] = _index([_mean(v) for v in by_section], _mean(list(chain.from_iterable(by_section))))
     for quantity in ("loss", "accuracy", "entropy"):
         if quantity in profile.measures:
-            found[f"final_{quantity}"] = _number(profile.mean(quantity)[-1].item())
+            found[f"final_{quantity}"] = finite(profile.mean(quantity)[-1].item())
     return found
 
 
@@ -78,16 +79,11 @@ def _by_section(profile: Profile, quantity: str) -> list[list[float]]:
 
 
 def _index(sections: list[float], network: float) -> Index:
-    return {"sections": [_number(v) for v in sections], "network": _number(network)}
+    return {"sections": [finite(v) for v in sections], "network": finite(network)}
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _number(value: float) -> float | None:
-    """None for what JSON cannot say."""
-    return float(value) if math.isfinite(value) else None
 
 
 def slopes(

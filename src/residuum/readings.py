@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, inf, log10
+from math import floor, inf, isfinite, log10
 from typing import NamedTuple
 
 
@@ -60,6 +60,11 @@ class Row:
         """What the block does, in sentences."""
         parts = (_size(self), _direction(self.angle), _effect(self), _changes(self.label_change))
         return " ".join(part for part in parts if part)
+
+
+def finite(value: float | int) -> float | None:
+    """A number as JSON can say it: None for infinity and for what is none."""
+    return float(value) if isfinite(value) else None
 
 
 def percent(value: float | int) -> str:

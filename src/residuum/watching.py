@@ -1,6 +1,5 @@
 """What to follow over the epochs of a training: functions for `train(after_epoch=...)`, which add to its history."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from residuum.models import ResNet
 from residuum.nulls import recalibrated
 from residuum.probes.passive import norm, ratio
 from residuum.probes.readout import Reader
+from residuum.readings import finite
 from residuum.training import EVALUATION_BATCH, Row, evaluate
 
 AfterEpoch = Callable[[nn.Module], Row]
@@ -79,7 +79,7 @@ def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100, seed: 
                 part, batch=batch, preparation=data.train.preparation, device=str(like.device), dtype=like.dtype
             )
             mean = torch.cat([gradient_ratio(model, x, y).double() for x, y in prepared]).mean().item()
-            row[f"{part.split}_gradient_ratio"] = mean if math.isfinite(mean) else None
+            row[f"{part.split}_gradient_ratio"] = finite(mean)
         return row
 
     return look
