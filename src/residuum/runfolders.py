@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from residuum import __version__
 from residuum.descriptions import canonical
-from residuum.files import PARTIAL, write_json
+from residuum.files import PARTIAL, checksum, write_json
 from residuum.names import one_line
 
 FORMAT = 1  # of descriptions and folders; another number is another key
@@ -162,7 +162,7 @@ def finish(folder: Path, seconds: float) -> None:
     named = sorted(path for path in folder.iterdir() if path.name not in _BESIDE and not path.name.startswith(PARTIAL))
     content = {
         "format": FORMAT,
-        "files": {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in named},
+        "files": {path.name: {"size": path.stat().st_size, "sha256": checksum(path)} for path in named},
         "seconds": round(seconds, 3),
         "finished": _now(),
         "versions": {"residuum": __version__, "python": platform.python_version()},
@@ -262,18 +262,13 @@ def _damage(folder: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != about["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {about['size']}"
-        if _sha256(path) != about["sha256"]:
+        if checksum(path) != about["sha256"]:
             return f"{name} is not what was written"
     return ""
 
 
 def _sum(content: dict[str, Any]) -> str:
     return sha256(canonical(content).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:

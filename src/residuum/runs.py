@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from residuum.curves import watch
 from residuum.data import ClutterConfig, Splits, load_splits, write_digitclutter
 from residuum.data.images import NAMES
 from residuum.descriptions import described, key_of
+from residuum.files import checksum
 from residuum.jobs import Job, Settings, from_checkpoint, job_from, threads_of_torch
 from residuum.layers.coupling import Coupling
 from residuum.loading import NETWORK
@@ -87,8 +87,7 @@ class DataConfig:
             raise FileNotFoundError(f"no such file: {path}")
         object.__setattr__(self, "name", str(path))
         if not self.sha256:
-            with path.open("rb") as file:
-                object.__setattr__(self, "sha256", file_digest(file, "sha256").hexdigest())
+            object.__setattr__(self, "sha256", checksum(path))
 
     def load(self, *, seed: int, root: Path | None, made: Path, progress: Bar = quiet) -> Splits:
         """Both splits.

@@ -2,7 +2,6 @@
 
 import zipfile
 import zlib
-from hashlib import file_digest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from residuum.files import checksum
 from residuum.names import nearest, one_line
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
@@ -52,9 +52,7 @@ def read_npz(path: Path) -> Content:
         raise ValueError(f"{path}: train_labels and test_labels must be of one kind, class numbers or 0/1 columns")
     images = [torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
     labels = [torch.from_numpy(arrays[f"{split}_labels"]) for split in ("train", "test")]
-    with path.open("rb") as file:
-        checksum = file_digest(file, "sha256").hexdigest()
-    return Content(images, labels, tuple(map(str, classes)), checksum)
+    return Content(images, labels, tuple(map(str, classes)), checksum(path))
 
 
 def _missing(path: Path) -> Exception:
