@@ -89,14 +89,14 @@ class _Linear(Function):
         raise no_vmap()
 
 
-def _forwards() -> bool:
+def forwards() -> bool:
     """Whether forward mode is at work."""
     return forward_ad._current_level >= 0
 
 
 def _watched() -> bool:
     """Whether somebody may differentiate what is computed here."""
-    return torch.is_grad_enabled() or _forwards() or bool(transforms())
+    return torch.is_grad_enabled() or forwards() or bool(transforms())
 
 
 def _linear(v: Tensor, there: Map, back: Map) -> Tensor:
@@ -160,7 +160,7 @@ class _Once(Function):
         if not _watched():
             return v, None, None
         first = _cancel(total, against)
-        if not first or _forwards():  # a tangent of the first pass is a second derivative, which is right
+        if not first or forwards():  # a tangent of the first pass is a second derivative, which is right
             v = v + _Third.apply(*ctx.saved_tensors, first)
         return v, None, None
 

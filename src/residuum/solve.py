@@ -18,12 +18,11 @@ from types import CodeType
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from residuum.derivatives import Maps, differentiable, no_vmap
+from residuum.derivatives import Maps, differentiable, forwards, no_vmap
 from residuum.graphs import applied
 from residuum.linear import GMRES, BiCGStab, Dense, LinearSolver, Map, Neumann, Record
 from residuum.solvers import (
@@ -119,11 +118,11 @@ def fixed_point(
     """
     _check(f, x0)
     device = x0.device.type
-    dtype = torch.float32 if torch.is_autocast_enabled(device) and x0.dtype != torch.float64 else x0.dtype
+    dtype = precision(x0)
     adjoint = adjoint or companion(solver)
     for used in (solver, adjoint):
         _check_tolerance(used, dtype)
-    forward_mode = forward_ad._current_level >= 0
+    forward_mode = forwards()
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     recording = torch.is_grad_enabled() and not (transforms() or forward_mode or hooked)
     with torch.autocast(device, enabled=False):
@@ -139,6 +138,11 @@ def fixed_point(
         if torch.is_grad_enabled() or forward_mode:
             return _differentiable(map_, solution, y, adjoint, throw)
         return solution
+
+
+def precision(h: Tensor) -> torch.dtype:
+    """The precision in which a state is solved for: its own, but float32 under autocast, which leaves float64 alone."""
+    return torch.float32 if torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64 else h.dtype
 
 
 def _unseen() -> AbstractContextManager[None]:
@@ -212,7 +216,7 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
     if at_y is None or f.at is not at:
         at_y = linearise(f.f, y)
         count += 1
-    if at_y.leaf is not None and not forward_ad._current_level >= 0 and not depends(at_y.value, at_y.leaf):
+    if at_y.leaf is not None and not forwards() and not depends(at_y.value, at_y.leaf):
         return replace(solution, evaluations=count)
 
     def inverse(product: Map, g: Tensor) -> Tensor:

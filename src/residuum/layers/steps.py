@@ -19,7 +19,7 @@ from residuum.layers.pairs import State, check_dt, halves
 from residuum.layers.tableaus import PartitionedTableau, Tableau
 from residuum.linear import GMRES, LinearSolver
 from residuum.names import unknown
-from residuum.solve import Solution, fixed_point, of_the_batch
+from residuum.solve import Solution, fixed_point, of_the_batch, precision
 from residuum.solvers import Anderson, Solver, constant, linearise
 
 _FORMS, _STARTS, _GRADIENTS = ("two_point", "midpoint"), ("state", "euler", "linearised"), ("exact", "truncated")
@@ -162,7 +162,7 @@ def _theta_step(step: Theta, branch: nn.Module, h: Tensor, throw: bool) -> Solut
     check_pure(branch)
     if step.param_grad == "truncated" and any(map(parametrize.is_parametrized, branch.modules())):
         raise ValueError("param_grad 'truncated' needs a branch of plain weights; this one has parametrized ones")
-    wide = _wide(h)
+    wide = h.to(precision(h))
     with torch.autocast(h.device.type, enabled=False), held(branch):
         return _solved_theta(step, branch, wide, throw)
 
@@ -304,7 +304,7 @@ def _runge_kutta_step(step: RungeKutta, branches: nn.ModuleList, h: Tensor, thro
     if sequence is None:
         for branch in branches:
             check_pure(branch)
-        wide = tuple(map(_wide, starts))
+        wide = tuple(start.to(precision(start)) for start in starts)
         with torch.autocast(h.device.type, enabled=False), held(branches):
             solution = _solved_slopes(step, branches, wide, needs, throw)
         slopes = solution.value.unbind(1)
@@ -376,11 +376,6 @@ def _solved_slopes(
         return torch.cat([f(part.flatten(0, 1)).unflatten(0, (len(part), stages)) for f, part in pairs], 1)
 
     return fixed_point(equation, torch.zeros_like(base), step.solver, adjoint=step.adjoint, throw=throw)
-
-
-def _wide(h: Tensor) -> Tensor:
-    """Under autocast the state in float32, as all of a solve is; float64 stays."""
-    return h.float() if torch.is_autocast_enabled(h.device.type) and h.dtype != torch.float64 else h
 
 
 def _solved(value: Tensor, *, evaluations: int = 1) -> Solution:
