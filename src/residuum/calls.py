@@ -13,6 +13,11 @@ def state_slot(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | Non
     return next((at for at, v in places if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> Any:
+    """What stands at one place among a block's arguments."""
+    return args[slot] if isinstance(slot, int) else kwargs[slot]
+
+
 def state_of(output: Any) -> Tensor | None:
     """The state that a block returns: its output, or the first tensor of it."""
     return next((v for v in tree_flatten(output)[0] if isinstance(v, Tensor)), None)

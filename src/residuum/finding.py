@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residuum.calls import call_model, state_of, state_slot
+from residuum.calls import argument, call_model, state_of, state_slot
 
 NAMING = "blocks=... in Python, --blocks on the command line"
 
@@ -123,7 +123,7 @@ def _observe(model: nn.Module, x: Any, watched: Mapping[str, nn.Module]) -> tupl
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check(type(module))
         slot = state_slot(args, kwargs)
-        h = None if slot is None else args[slot] if isinstance(slot, int) else kwargs[slot]
+        h = None if slot is None else argument(args, kwargs, slot)
         call = Seen(name, module, tuple(c for c, *_ in running), h)
         seen.append(call)
         running.append((call, h, 0 if h is None else _version(h)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from residuum.calls import call_model, detached, output_of, state_of, state_slot, with_argument, with_state
+from residuum.calls import argument, call_model, detached, output_of, state_of, state_slot, with_argument, with_state
 
 Core = Callable[..., Any]  # a gated module's own call, user hooks included
 
@@ -149,7 +149,7 @@ class Recording:
                 f'cut: the model switches gradients off around block "{name}" (torch.no_grad, reentrant checkpoints), '
                 "so parameter gradients of a run would be wrong; switch that off"
             )
-        h = args[slot] if isinstance(slot, int) else kwargs[slot]
+        h = argument(args, kwargs, slot)
         linked = self._linked(h)
         if linked and (not h.requires_grad or h._backward_hooks):
             raise ValueError(
@@ -225,8 +225,8 @@ class Recording:
     def _check_arguments(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positional = list(signature(core.args[0].forward).parameters)
         labels = (positional[i] if i < len(positional) else i for i in range(len(args)))
-        for argument, value in (*zip(labels, args, strict=True), *kwargs.items()):
-            label = f'argument {argument!r} of block "{name}"'
+        for place, value in (*zip(labels, args, strict=True), *kwargs.items()):
+            label = f'argument {place!r} of block "{name}"'
             for leaf in tree_flatten(value)[0]:
                 if isinstance(leaf, Tensor):
                     if leaf.requires_grad:
@@ -309,7 +309,7 @@ class Replay:
         """A block call: stand in for it up to the restart, give the new state there, run it after that."""
         p, self.position = self.position, self.position + 1
         slot = state_slot(args, kwargs)
-        h = args[slot] if isinstance(slot, int) else kwargs[slot]
+        h = argument(args, kwargs, slot)
         if p == self.until:
             raise Reached(h)
         if p > self.after:
