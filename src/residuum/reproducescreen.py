@@ -8,7 +8,6 @@ from rich.console import Console
 
 from residuum.claims import Results
 from residuum.flags import Reproduce
-from residuum.jobs import Job
 from residuum.reproduce import (
     Choice,
     check_data,
@@ -23,7 +22,7 @@ from residuum.reproduce import (
     summary,
 )
 from residuum.runfolders import prepare
-from residuum.sweepscreen import carried_out
+from residuum.sweepscreen import carried_out, unfinished
 
 screen = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -58,7 +57,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
             screen.print(listing(choice, results))
             asked = [jobs[job.key] for job in choice.jobs if job.key not in kept]
             check_data(asked, flags.carried.data_root)
-            problem = _carry_out(asked, flags, command)
+            outcome = carried_out(asked, flags.out, flags.carried, command)
+            problem = unfinished(outcome, next(iter(outcome.reasons.values()), ""))
             results = gather(jobs, flags.out) | kept
         if flags.kept:
             added = keep_runs(choice.studies, results, flags.kept)
@@ -90,14 +90,3 @@ def _files(given: Sequence[str]) -> dict[str, Path]:
     if wrong:
         raise ValueError(f"--files takes NAME=FILE.npz, such as cifar10=data/cifar10.npz; given {wrong[0]!r}")
     return {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given}
-
-
-def _carry_out(jobs: Sequence[Job], flags: Reproduce, command: str) -> str:
-    """The sweep; what is wrong with it in the end."""
-    outcome = carried_out(jobs, flags.out, flags.carried, command)
-    rest = len(jobs) - outcome.counts.get("complete", 0)
-    if not rest:
-        return ""
-    first = next(iter(outcome.reasons.values()), "")
-    again = "; --retry-failed tries those that failed again" if "failed" in outcome.counts else ""
-    return f"{rest} of {len(jobs)} runs are not complete ({first}){again}"

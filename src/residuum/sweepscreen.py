@@ -96,6 +96,21 @@ def carried_out(jobs: Sequence[Job], out: Path, how: Carried, command: str) -> O
         raise KeyboardInterrupt(str(stop) or f"the same command goes on: {command}") from None
 
 
+def unfinished(outcome: Outcome, why: str = "") -> str:
+    """How many runs are not complete, and what can be done about it; "" if all are.
+
+    Args:
+        outcome: What the sweep came to.
+        why: Said in brackets, if given.
+    """
+    total = sum(outcome.counts.values())
+    rest = total - outcome.counts.get("complete", 0)
+    if not rest:
+        return ""
+    again = "; --retry-failed tries those that failed again" if "failed" in outcome.counts else ""
+    return f"{rest} of {total} runs are not complete{why and f' ({why})'}{again}"
+
+
 def _engine(how: Carried, out: Path) -> Engine:
     """The engine that was asked for."""
     each = Each(minutes=how.time_limit, memory=how.memory, gpu=how.gpu)
@@ -111,7 +126,5 @@ def _say(outcome: Outcome, flags: Sweep) -> None:
     """What the sweep came to."""
     said = ", ".join(f"{count} {state}" for state, count in sorted(outcome.counts.items()))
     print(f"{said} ({outcome.before} before); residuum runs {flags.out} lists them")
-    rest = sum(outcome.counts.values()) - outcome.counts.get("complete", 0)
-    if rest:
-        again = "; --retry-failed tries those that failed again" if "failed" in outcome.counts else ""
-        raise ValueError(f"{rest} of {sum(outcome.counts.values())} runs are not complete{again}")
+    if problem := unfinished(outcome):
+        raise ValueError(problem)
