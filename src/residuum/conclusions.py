@@ -141,16 +141,15 @@ def steepness(table: Table) -> str:
 def tail(table: Table) -> str:
     """Of the chart of growth through the rest of the network."""
     values = table["log_tail_product"]
-    power = values[min(values)].mean
-    if abs(power) < 0.05:
-        return "From the first state to the last, small changes grow at most to about their own size"
-    if power / 2.302585 > 4:
-        return (
-            f"From the first state to the last, small changes may grow 10 to the power of {power / 2.302585:.1f} times"
-        )
-    if power > 0:
-        return f"From the first state to the last, small changes may grow up to {number(exp(power))} times"
-    return f"From the first state to the last, small changes shrink to {percent(exp(power))} or less"
+    value, start = values[min(values)], "From the first state to the last, small changes"
+    if abs(value.mean) < 0.05:
+        return f"{start} grow at most to about their own size"
+    tens = power(value).mean
+    if tens > 4:
+        return f"{start} may grow 10 to the power of {tens:.1f} times"
+    if tens > 0:
+        return f"{start} may grow up to {number(exp(value.mean))} times"
+    return f"{start} shrink to {percent(exp(value.mean))} or less"
 
 
 def bracket(table: Table) -> str:
