@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
@@ -25,6 +26,20 @@ def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
     every = f"known: {', '.join(known)}" if len(known) <= 30 else ""
     advice = " ".join(part for part in (nearest(given, known), every) if part)
     return ValueError(f"unknown {what} {given!r}; {advice or f'none of the {len(known)} known names is near'}")
+
+
+def missing(path: Path, ending: str, what: str) -> OSError:
+    """The error for a file that is not there, with the nearest of its kind in its folder.
+
+    Args:
+        path: The file.
+        ending: Of files of its kind, such as ".npz".
+        what: The kind in words, e.g. "an npz file".
+    """
+    if path.is_dir():
+        return IsADirectoryError(f"{path} is a folder, not {what}")
+    others = (other.name for other in path.parent.glob(f"*{ending}"))
+    return FileNotFoundError(f"no such file: {path}; {nearest(path.name, others)}".rstrip("; "))
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from residuum.files import checksum
-from residuum.names import nearest, one_line
+from residuum.names import missing, one_line
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 EXTRAS = ("train_digits", "train_offsets", "test_digits", "test_offsets", "about")  # of Digitclutter; not read here
@@ -37,7 +37,7 @@ def read_npz(path: Path) -> Content:
         ValueError: If the file is damaged or a key, shape, type or value is not as above.
     """
     if not path.is_file():
-        raise _missing(path)
+        raise missing(path, ".npz", "an npz file")
     arrays = _arrays(path)
     classes = arrays["classes"]
     if classes.ndim != 1 or classes.dtype.kind != "U" or len(classes) < 1:
@@ -53,14 +53,6 @@ def read_npz(path: Path) -> Content:
     images = [torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
     labels = [torch.from_numpy(arrays[f"{split}_labels"]) for split in ("train", "test")]
     return Content(images, labels, tuple(map(str, classes)), checksum(path))
-
-
-def _missing(path: Path) -> Exception:
-    """The error for a file that is not there, with the nearest file in its folder."""
-    if path.is_dir():
-        return IsADirectoryError(f"{path} is a folder, not an npz file")
-    others = path.parent.glob("*.npz") if path.parent.is_dir() else ()
-    return FileNotFoundError(f"no such file: {path}; {nearest(path.name, (o.name for o in others))}".rstrip("; "))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

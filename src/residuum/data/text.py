@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from residuum.data.subsets import random_subset
-from residuum.names import nearest
+from residuum.names import missing
 
 IGNORED = -100  # target of padding, as in torch's cross-entropy
 BYTES = 256  # tokens without a tokenizer
@@ -80,11 +80,8 @@ def load_text(path: Path, *, window: int = 128, tokenizer: Any = None) -> TextSp
     path = Path(path)
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 token")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a text file")
     if not path.is_file():
-        others = (other.name for other in path.parent.glob("*.txt"))
-        raise FileNotFoundError(f"no such file: {path}; {nearest(path.name, others)}".rstrip("; "))
+        raise missing(path, ".txt", "a text file")
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{path} is empty")
