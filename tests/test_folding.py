@@ -34,12 +34,13 @@ def test_a_fully_coupled_network_folds_for_nothing(tmp_path: Path, couple: str, 
     assert found.loss[0] == pytest.approx(found.loss[1], rel=1e-6)
     assert found.sharing == pytest.approx((1, 1))
     assert found.parameters[1] < 0.6 * found.parameters[0]
-    assert [[type(part) for part in section] for section in found.loops.sections] == [[Loop], [Loop]]
-    assert found.loops.sections[0][0].times == 3
+    loops = fold(found.model)
+    assert [[type(part) for part in section] for section in loops.sections] == [[Loop], [Loop]]
+    assert loops.sections[0][0].times == 3
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(found.model(x), model(x))
-        assert torch.equal(found.loops(x), model(x))
+        assert torch.equal(loops(x), model(x))
     write_run(tmp_path, found.model, DATA, settings, history)
     again = load_model(str(tmp_path)).model
     with torch.no_grad():

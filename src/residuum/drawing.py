@@ -110,11 +110,10 @@ def shade(part: float) -> str:
     return "#" + "".join(f"{round(low + (high - low) * part):02x}" for low, high in ends)
 
 
-def depth_axis(axes: "Axes", depths: Iterable[int], *, log: bool = True) -> None:
-    """A horizontal axis of numbers of blocks with the depths themselves as ticks, as many as are legible."""
+def depth_axis(axes: "Axes", depths: Iterable[int]) -> None:
+    """A logarithmic horizontal axis of numbers of blocks with the depths as ticks, as many as are legible."""
     known = sorted(set(depths))
-    if log:
-        axes.set_xscale("log")
+    axes.set_xscale("log")
     shown = [d for d in known if len(known) <= 8 or d in (1, 2, 4, 10, 20, 40, 100)]
     axes.set_xticks(shown, [str(d) for d in shown])
     axes.set_xticks([], minor=True)

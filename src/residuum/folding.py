@@ -3,22 +3,19 @@
 import copy
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from residuum.data import Preparation, Splits
 from residuum.layers.coupling import achieved_sharing, tied
-from residuum.layers.sharing import NAIVE, UBN, fold
+from residuum.layers.sharing import NAIVE, UBN
 from residuum.models import ResNet, count_parameters
-from residuum.training import Loss, evaluate, label_loss
+from residuum.training import evaluate
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A network whose sections are loops, and what became of it.
+    """A network of which every section is one block, and what became of it.
 
     Attributes:
         model: The tied network: each weight once, every section's blocks alike; it can be saved as a run.
-        loops: The same as an honest loop: one block and a count per section.
         sharing: How alike the weights of each section were, 1 for equal (`achieved_sharing`); None for one block.
         parameters: Numbers of parameters before and after.
         loss: Mean loss on the test split before and after.
@@ -26,7 +23,6 @@ class Folded:
     """
 
     model: ResNet
-    loops: nn.Module
     sharing: tuple[float | None, ...]
     parameters: tuple[int, int]
     loss: tuple[float, float]
@@ -38,7 +34,6 @@ def fold_coupled(
     data: Splits,
     *,
     couple: str = "weights",
-    loss: Loss = label_loss,
     preparation: Preparation | None = None,
 ) -> Folded:
     """Turn every section of a coupled network into a loop of its mean block, and measure what that costs.
@@ -48,7 +43,6 @@ def fold_coupled(
         data: The test split is evaluated.
         couple: "weights": every application keeps its normalisation, which must be batch norm or none. "all": one block
             with one set of statistics.
-        loss: Loss of a batch.
         preparation: The network's own preparation of pixels; None is that of the training split.
 
     Raises:
@@ -77,7 +71,7 @@ def fold_coupled(
             new.sections[s] = tied(blocks, couple=couple)
     new.config = replace(model.config, sharing=sharing, alike=0.0)
     reads = preparation or data.train.preparation
-    before, after = (evaluate(network, data.test, loss=loss, preparation=reads) for network in (model, new))
+    before, after = (evaluate(network, data.test, preparation=reads) for network in (model, new))
     counts = tuple(count_parameters(network, statistics=False) for network in (model, new))
     both = {name: (before[name], after[name]) for name in ("loss", "accuracy")}
-    return Folded(new, fold(new), tuple(alike), counts, both["loss"], both["accuracy"])
+    return Folded(new, tuple(alike), counts, both["loss"], both["accuracy"])

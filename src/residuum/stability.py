@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Numbers = Float[np.ndarray, "*shape"] | Complex[np.ndarray, "*shape"]
+_REACH = 10.0  # of dt lambda, where a spectrum is looked for
 SCHEMES = ("forward euler", "backward euler", "trapezoidal", "verlet")
 
 
@@ -60,9 +61,7 @@ def inverse_amplification(r: Numbers, *, theta: float) -> Numbers:
         return np.divide(1 - r, (1 - r) * theta - 1)
 
 
-def spectrum_of(
-    step: Theta | Explicit, low: float, middle: float, high: float, *, learned: bool = True, reach: float = 10.0
-) -> Spectrum:
+def spectrum_of(step: Theta | Explicit, low: float, middle: float, high: float, *, learned: bool = True) -> Spectrum:
     """The spectrum of a branch with which a step amplifies by what lies in the disc with the diameter [low, high].
 
     R maps the disc between R^-1(low) and R^-1(high) onto that one, so eigenvalues lambda of the branch's Jacobian with
@@ -76,7 +75,9 @@ def spectrum_of(
         middle: In [low, high]: the amplification to whose place the learned disc can shrink.
         high: Largest real part of an amplification.
         learned: As of `Spectrum`.
-        reach: What would be further away than this is clipped: dt lambda lies in [-reach, reach].
+
+    Returns:
+        The disc; dt lambda is clipped to [-10, 10].
 
     Raises:
         ValueError: If the three are not in this order, if low is not above -(1 - theta) / theta, or if clipping leaves
@@ -92,11 +93,11 @@ def spectrum_of(
             f"spectrum_of: low is {low}, middle {middle}, high {high}; they must be in this order, and for theta = "
             f"{theta:g} above {least:g}, which no finite spectrum reaches"
         )
-    z = inverse_amplification(np.array([low, middle, high]), theta=theta).clip(-reach, reach) / step.dt
+    z = inverse_amplification(np.array([low, middle, high]), theta=theta).clip(-_REACH, _REACH) / step.dt
     if low < high and z[0] == z[2]:
         raise ValueError(
-            f"spectrum_of: low {low} and high {high} both need dt lambda beyond the reach of {reach:g} and are one "
-            "after clipping; give a larger reach, or amplifications nearer to 1"
+            f"spectrum_of: low {low} and high {high} both need dt lambda beyond the reach of {_REACH:g} and are one "
+            "after clipping; give amplifications nearer to 1"
         )
     return Spectrum(*map(float, sorted(z)), learned=learned)
 
