@@ -213,10 +213,8 @@ def trained_on(training: dict[str, Any] | None) -> str:
 
 
 def _network(written: dict[str, Any]) -> ResNetConfig:
-    """The network that a config.json describes; what an older one does not say has its default."""
-    kinds = {"sharing": Sharing, "limit": Limit}  # older ones do not name them
-    named = {key: {"kind": kinds[key].__name__} | value for key, value in written.items() if key in kinds and value}
-    return rebuilt({"kind": ResNetConfig.__name__} | written | named, NETWORK)
+    """The network that a config.json describes; what it does not say has its default."""
+    return rebuilt({"kind": ResNetConfig.__name__} | written, NETWORK)
 
 
 def _preparation(written: dict[str, Any]) -> Preparation:
