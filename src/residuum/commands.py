@@ -231,9 +231,9 @@ def data(flags: options.DataCommand, command: str) -> None:
     if isinstance(flags.what, options.DataDigitclutter):
         _digitclutter(flags.what)
     elif isinstance(flags.what, options.DataFetch):
-        screen.print(f"{flags.what.name}: {catalogue.fetch(flags.what.name, flags.what.data_root)}", markup=False)
+        screen.print(f"{flags.what.name}: {catalogue.fetch(flags.what.name, flags.what.data_root)}")
     else:
-        screen.print(catalogue.listing(flags.what.data_root), markup=False)
+        screen.print(catalogue.listing(flags.what.data_root))
 
 
 def _digitclutter(flags: options.DataDigitclutter) -> None:
@@ -370,7 +370,7 @@ def _trained(
     """A network trained and written to a folder."""
     model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))
     if checkpoint and checkpoint.exists():
-        notices.print(f"note: going on from {checkpoint}", markup=False)
+        notices.print(f"note: going on from {checkpoint}")
     try:
         with bar("training", config.epochs * len(data.train)) as show:
             history = train_network(model, data, config, after_epoch=after_epoch, progress=show, checkpoint=checkpoint)

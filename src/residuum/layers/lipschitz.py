@@ -108,8 +108,8 @@ class Limited(nn.Module):
         v = torch.randn(1, width, *self.size, generator=torch.Generator().manual_seed(0)).to(module.weight)
         image = self._image(module.weight.detach(), v)
         u = torch.randn(image.shape, generator=torch.Generator().manual_seed(1)).to(image)
-        self.register_buffer("v", _unit(v, v)[0])
-        self.register_buffer("u", _unit(u, u)[0])
+        self.register_buffer("v", _unit(v, v))
+        self.register_buffer("u", _unit(u, u))
         self.register_buffer("sigma", norm.to(v))
         self.register_buffer("overshoot", torch.ones_like(self.sigma))
         self.register_buffer("turn", torch.zeros((), dtype=torch.bool))  # whether u is the next to be renewed
@@ -159,7 +159,7 @@ class Limited(nn.Module):
         if found.residual[0] > _TOLERANCE * found.value[0]:
             found, v = largest_singular_value(operator, near=v, products=_PRODUCTS, tolerance=_TOLERANCE)
         self.v, self.sigma = v.to(weight), found.value[0].to(weight)
-        self.u, _ = _unit(self._image(weight, self.v), self.u)
+        self.u = _unit(self._image(weight, self.v), self.u)
         self.checksum = _checksum(weight)
 
     def _image(self, weight: Tensor, v: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ def _checksum(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(entries - ramp).view(torch.int64)
 
 
-def _unit(v: Tensor, otherwise: Tensor) -> tuple[Tensor, Tensor]:
-    """v at length 1, and its length; something else where v is 0, so that an iteration can go on from it."""
+def _unit(v: Tensor, otherwise: Tensor) -> Tensor:
+    """v at length 1; something else where v is 0, so that an iteration can go on from it."""
     size = torch.linalg.vector_norm(v)
-    return torch.where(size > 0, v / size, otherwise), size
+    return torch.where(size > 0, v / size, otherwise)
