@@ -80,7 +80,7 @@ class Train:
         blocks: Residual blocks of each section, e.g. 4 4 4.
         widths: Channels of each section.
         transition: How the shape changes between sections.
-        head: With or without batch norm before the last pooling.
+        head: With or without a norm before the last pooling.
         epochs: Passes over the training images.
         lr: Learning rate at the start.
         rate: How it changes: steps (divided by 10 at 50 % and 75 %), cosine, constant, or a schedule of P1.

@@ -79,8 +79,8 @@ def read(folder: Path) -> Result:
     """Read a result folder.
 
     Args:
-        folder: A folder with profile.parquet, indices.json and provenance.json, and perhaps initial.parquet and
-            history.json.
+        folder: A folder with profile.parquet, indices.json and provenance.json, and perhaps initial.parquet,
+            shuffled.parquet, groups.parquet and history.json.
 
     Raises:
         ValueError: If a file is missing, cut short, or not what it should be.

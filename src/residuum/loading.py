@@ -69,7 +69,7 @@ def load_model(name: str, *, weights: str = "pretrained", classes: int | None = 
 
     Raises:
         ValueError: If a name is unknown (the nearest are offered), a package is missing, or the weights do not fit.
-        FileNotFoundError: If a file or folder is not there.
+        OSError: If a file or folder is not there or cannot be read, or trained weights cannot be had.
     """
     _check_weights(weights)
     if not name:

@@ -33,7 +33,7 @@ class ResNetConfig:
         transition: How the shape changes. "separate": a 1x1 convolution of stride 2 before the section's blocks.
             "projection": the section's first block has stride 2 and a 1x1 skip; it then is the section's entry, so the
             section counts one residual block less. "pool": 2x2 average pooling; widths are equal.
-        head: "norm": batch norm, ReLU, average pool, dense (P1). "pool": average pool, dense (P2 as printed).
+        head: "norm": a `norm`, ReLU, average pool, dense (P1). "pool": average pool, dense (P2 as printed).
         bias: Convolutions with bias (P1) or without.
         stem: Channels of the first convolution; None: those of the first section. If they differ, the first section
             begins with a change of shape as the others do, with stride 1.
@@ -201,7 +201,7 @@ class _Branch(nn.Module):
 class ResNet(nn.Module):
     """A pre-activation ResNet whose forward is a run of its own stream, so that what is measured is what is run.
 
-    Weights are He-normal (variance 2 / fan_in), biases 0, batch-norm scales 1. Memory layout is channels-last.
+    Weights are He-normal (variance 2 / fan_in), biases 0, batch-norm scales 1. Memory layout: `fast_layout`.
 
     Args:
         config: The network.

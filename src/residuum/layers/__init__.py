@@ -1,1 +1,1 @@
-"""Layers: blocks that share their weights, learn together, or are limited in what they do."""
+"""Layers: blocks that are steps of an equation or run backwards, share weights, learn together, or are limited."""

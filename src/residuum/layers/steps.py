@@ -149,7 +149,8 @@ class ThetaBlock(nn.Module):
 
         Raises:
             ConvergenceError: If the equation was not solved; it can be where (1 - theta) dt Lip(f) < 1.
-            ValueError: If weights of the branch are limited and in training mode, so that each use changes them.
+            ValueError: If the branch would not be what it was in the forward: in training mode dropout, norms with
+                running statistics and limited weights.
         """
         check_still(self.branch)
         return _theta_step(self.step.inverse, self.branch, h, throw=True).value
@@ -287,7 +288,7 @@ class RungeKuttaBlock(nn.Module):
 
         Raises:
             ConvergenceError: If its slopes were not found to the tolerance.
-            ValueError: If weights of a branch are limited and in training mode, so that each use changes them.
+            ValueError: As `ThetaBlock.inverse`.
         """
         check_still(self.branches)
         return _runge_kutta_step(self.step.inverse, self.branches, h, throw=True).value
