@@ -276,7 +276,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_command(
     assert main([*command, str(tmp_path / "whole")]) == 0
     steps = 0
 
-    class Interrupting(training.Job):
+    class Interrupting(training.Training):
         def _step(self, *arguments: object) -> float:
             nonlocal steps
             steps += 1
@@ -285,7 +285,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_command(
             return super()._step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Job", Interrupting)
+        patch.setattr(training, "Training", Interrupting)
         assert main([*command, str(tmp_path / "parts")]) == 130
     assert "the same command goes on from" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == ["parts.checkpoint"]

@@ -192,36 +192,38 @@ def train(
         KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
         CheckpointError: If the checkpoint is damaged or belongs to another loss, other settings, data, machine or
             numbers of threads or processes; a ValueError.
+        ValueError: If network, data, loss and settings do not fit each other.
+        OSError: If the checkpoint cannot be written.
     """
     with processes() as group, torch.random.fork_rng(devices=cuda_devices(model)), asked_to_stop() as asked:
-        job = Job(model, data, config, loss, group, after_backward, progress)
-        about = {} if checkpoint is None else _about(job, loss)
+        training = Training(model, data, config, loss, group, after_backward, progress)
+        about = {} if checkpoint is None else _about(training, loss)
         at = Progress()
         if checkpoint is not None and checkpoint.exists():
-            at = resume_(checkpoint, model, job.optimiser, about)
+            at = resume_(checkpoint, model, training.optimiser, about)
         keep = checkpoint is not None and group.rank == 0
         written = perf_counter()
         while at.epoch < config.epochs:
             start = perf_counter()
-            for done in job.steps(at):
+            for done in training.steps(at):
                 at = done
                 stop = group.any(asked.is_set())
                 if keep and (stop or perf_counter() - written >= checkpoint_seconds):
-                    save(checkpoint, model, job.optimiser, at, about)
+                    save(checkpoint, model, training.optimiser, at, about)
                     written = perf_counter()
                 if stop:
                     raise KeyboardInterrupt
-            row = job.finish_epoch(at) | {"seconds": perf_counter() - start}
+            row = training.finish_epoch(at) | {"seconds": perf_counter() - start}
             at = Progress(at.epoch + 1, history=(*at.history, row | (after_epoch(model) if after_epoch else {})))
             if keep:
-                save(checkpoint, model, job.optimiser, at, about)
+                save(checkpoint, model, training.optimiser, at, about)
                 written = perf_counter()
-        job.wrapped = model  # lets go of what belongs to the processes before they part
+        training.wrapped = model  # lets go of what belongs to the processes before they part
         model.eval()
         return list(at.history)
 
 
-class Job:
+class Training:
     """One training: what its steps share.
 
     Args:
@@ -395,12 +397,13 @@ def _part(images: int, parts: int) -> int:
     return -(-images // parts)
 
 
-def _about(job: "Job", loss: Loss) -> dict[str, Any]:
+def _about(training: "Training", loss: Loss) -> dict[str, Any]:
     """What a checkpoint must have in common with a training that goes on from it."""
-    about = job.config.describe() | here(job.group.size, job.device) | {"labels": job.data.train.labelling}
-    about |= {f"{name} images": split.fingerprint() for name, split in job.data._asdict().items()}
+    about = training.config.describe() | here(training.group.size, training.device)
+    about["labels"] = training.data.train.labelling
+    about |= {f"{name} images": split.fingerprint() for name, split in training.data._asdict().items()}
     about["loss"] = f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
-    about["network"] = repr(getattr(job.model, "config", type(job.model).__name__))
+    about["network"] = repr(getattr(training.model, "config", type(training.model).__name__))
     return about
 
 
