@@ -26,7 +26,7 @@ from residuum.layers.pairs import Additive, Leapfrog, Midpoint, Momentum, Verlet
 from residuum.layers.sharing import NAIVE, UBN, Sharing
 from residuum.layers.steps import Explicit, RungeKutta, Theta
 from residuum.layers.tableaus import RK4, PartitionedTableau, Tableau
-from residuum.linear import GMRES, BiCGStab, Neumann
+from residuum.linear import GMRES, BiCGStab, Dense, Neumann
 from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
@@ -36,7 +36,7 @@ from residuum.probing import CALIBRATION_BATCH
 from residuum.profiles import profile
 from residuum.rates import Cosine, Steps
 from residuum.runs import DataConfig, Run, execute, finished
-from residuum.solvers import Anderson, NewtonKrylov, Picard
+from residuum.solvers import Anderson, GradientDescent, NewtonKrylov, Picard
 from residuum.training import TrainConfig, train
 
 TINY = Run(
@@ -304,6 +304,8 @@ DEFAULTS = {
     Neumann: {"tol": 1e-6, "max_steps": 100},
     GMRES: {"tol": 1e-6, "max_steps": 100, "restart": 20},
     BiCGStab: {"tol": 1e-6, "max_steps": 200},
+    GradientDescent: {"tol": 1e-6, "max_steps": 200, "rate": 0.25},
+    Dense: {"tol": 1e-6, "max_steps": 64},
 }
 NEED_ALL = {Cosine, Additive, Tableau, PartitionedTableau, RungeKutta, DataConfig, Run}  # tested below, or no defaults
 
