@@ -52,6 +52,7 @@ def test_help_imports_no_torch_and_lists_the_commands() -> None:
     [
         ("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.", True),
         ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes.", True),
+        ("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 40 bytes.", True),
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )

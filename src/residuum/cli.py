@@ -11,6 +11,7 @@ import tyro
 from residuum.flags import Command, DataCommand, Demo, Fold, Probe, Report, Reproduce, Runs, Stability, Sweep, Train
 
 ABOUT = "Cut any torch model into its residual stream, and measure what each block does."
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's words; those of torch's CPU
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ConvergenceError | DriftError):
             print(f"residuum: {error}", file=sys.stderr)
             return 2
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA's; torch's
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)
         return 2
