@@ -20,10 +20,8 @@ from residuum.experiments.p0_runs import (
     SETS,
     SUMMED,
     Cell,
-    Seeds,
     by_worth,
     of_cell,
-    runs_in,
 )
 from residuum.experiments.p0_verdicts import (
     AS_LOW,
@@ -45,6 +43,7 @@ from residuum.experiments.p0_verdicts import (
     rises_along,
     sharing_of,
 )
+from residuum.experiments.seeds import Seeds, runs_in
 
 ABSTRACT, INTRODUCTION = "P0, abstract", "P0, introduction"
 DERIVED = "derived, spec of this project, section 5"

@@ -18,17 +18,15 @@ from residuum.experiments.p0_runs import (
     SCALES,
     SETS,
     Cell,
-    Seeds,
     accuracies,
     cells_of,
-    done,
     errors_by_blocks,
     guess_error,
     index_of,
     of_cell,
-    runs_in,
     shuffled_of,
 )
+from residuum.experiments.seeds import Seeds, done, runs_in, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,9 +132,9 @@ def _draw(axes: "Axes", points: Iterable[tuple[float, Sequence[float]]], label: 
     """Means with bars of their standard deviation over seeds, where there are values."""
     known = [(x, values) for x, values in points if len(values)]
     if known:
-        spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for _, values in known]
+        bars = [spread(values) for _, values in known]
         means = [float(np.mean(values)) for _, values in known]
-        line(axes, [x for x, _ in known], means, label=label, number=number, spread=spread)
+        line(axes, [x for x, _ in known], means, label=label, number=number, spread=bars)
 
 
 def _legend(axes: "Axes") -> None:

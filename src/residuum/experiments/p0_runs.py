@@ -6,6 +6,7 @@ from functools import cache
 
 from residuum.claims import Results
 from residuum.data import ClutterConfig
+from residuum.experiments.seeds import Seeds
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
 from residuum.models import ResNetConfig
@@ -252,8 +253,6 @@ def run_of(
 _FULL = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
 _SHAPES = {"mnist": (1, 10, 28), "cifar10": (3, 10, 32), "cifar100": (3, 100, 32), "digits": (1, 10, 8)}
 
-Seeds = dict[int, Run]
-
 
 def of_cell(scale: str, data: str, cell: Cell, *, size: int | None = None) -> Seeds:
     """The networks of one cell by seed: more of the end points. Subsets are trained on for their accuracy only."""
@@ -306,11 +305,6 @@ def by_worth(scale: str) -> tuple[Run, ...]:
         *(sizes(data, LIMITED) for data in at.sizes if at.limited_sizes),
     ]
     return tuple({run.key: run for part in parts for run in part}.values())
-
-
-def done(results: Results, runs: Seeds) -> Seeds:
-    """Those that are complete."""
-    return {seed: run for seed, run in runs.items() if run.key in results}
 
 
 def index_of(
@@ -373,11 +367,6 @@ def errors_by_blocks(results: Results, run: Run) -> dict[int, float]:
 def guess_error(results: Results, run: Run) -> float:
     """Error of a blind guess."""
     return 1 - results[run.key].profile().mean("chance")[-1].item()
-
-
-def runs_in(*tables: Seeds) -> tuple[Run, ...]:
-    """The runs of several cells."""
-    return tuple({run.key: run for table in tables for run in table.values()}.values())
 
 
 def right_by_image(results: Results, runs: Sequence[Run]) -> list[list[float]]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from residuum.claims import Obtained, Results, above, at_least, at_most, below, every
 from residuum.effects import Effect, mean_over, over_examples, paired
-from residuum.experiments.p0_runs import Seeds, accuracies, index_of, losses, right_by_image, sharing
+from residuum.experiments.p0_runs import accuracies, index_of, losses, right_by_image, sharing
+from residuum.experiments.seeds import Seeds
 from residuum.runs import Run
 
 # "Clearly away from the ideal": a tenth of the way to guessing, three times what 500 images leave uncertain.

@@ -29,10 +29,8 @@ from residuum.experiments.p1_runs import (
     SETS,
     SHARED,
     TABLE,
-    Seeds,
     by_worth,
     of,
-    runs_in,
 )
 from residuum.experiments.p1_verdicts import (
     EXPLODES,
@@ -56,6 +54,7 @@ from residuum.experiments.p1_verdicts import (
     wider_gap,
     worse,
 )
+from residuum.experiments.seeds import Seeds, runs_in
 from residuum.layers.sharing import NAIVE, UBN
 from residuum.models import avgpool, resnet, resnet110, single, wide
 

@@ -10,7 +10,6 @@ from residuum.experiments.p1_runs import (
     SCALES,
     looked,
     of,
-    runs_in,
     shuffled_of,
 )
 from residuum.experiments.p1_verdicts import (
@@ -52,6 +51,7 @@ from residuum.experiments.p1_verdicts import (
     unrolled_gains,
     unrolled_rises,
 )
+from residuum.experiments.seeds import runs_in
 from residuum.runs import Run
 
 Test = Callable[[Results], Obtained]

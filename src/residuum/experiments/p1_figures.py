@@ -18,20 +18,17 @@ from residuum.experiments.p1_runs import (
     SCALES,
     SETS,
     TABLE,
-    Seeds,
-    along,
     chosen_scale,
-    done,
     errors,
     last_of,
     looked,
     of,
-    runs_in,
     shuffled_of,
     unrolled,
 )
 from residuum.experiments.p1_shared import ablation, changes, naive, shared, whole_axis
 from residuum.experiments.p2_figures import plain_ticks
+from residuum.experiments.seeds import Seeds, along, done, runs_in, spread
 from residuum.probes import groups
 from residuum.profiles import Profile
 from residuum.runs import Finished, Run
@@ -320,12 +317,11 @@ def _table(results: Results, *, tables: Mapping[str, Mapping[str, Seeds]]) -> Dr
     for ax, (data, row) in zip(axes, rows.items(), strict=True):
         for number, split in enumerate(("train", "test")):
             values = [[100 * e for e in errors(results, runs, split=split).values()] for runs in row.values()]
-            spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in values]
             means = [float(np.mean(v)) for v in values]
             places = [i + 0.12 * number for i in range(len(row))]
             label = {"train": "training", "test": "test"}[split]
             look = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "none", "capsize": 2}
-            ax.errorbar(places, means, yerr=spread, label=label, **look)
+            ax.errorbar(places, means, yerr=[spread(v) for v in values], label=label, **look)
             known = [(i, PRINTED[data][name][number]) for i, name in enumerate(row) if name in PRINTED[data]]
             stars = {"marker": "*", "linestyle": "none", "markersize": 9, "color": "0.35", "alpha": 0.9 - 0.4 * number}
             ax.plot(*zip(*known, strict=True), label=f"the paper, {label}", **stars) if known else None

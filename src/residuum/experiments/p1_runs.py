@@ -7,6 +7,7 @@ from functools import cache
 from torch import Tensor
 
 from residuum.claims import Results
+from residuum.experiments.seeds import Seeds, along
 from residuum.layers.sharing import NAIVE, UBN, Sharing
 from residuum.models import ResNetConfig, avgpool, resnet, scaled, single, wide
 from residuum.probes import SCALES as GRID
@@ -229,9 +230,6 @@ def run_of(scale: str, name: str, seed: int, *, data: str = "cifar10", shuffled:
     return Run(model, read, training, probes, at.measured, seed, probe_train=True, watch=watched)
 
 
-Seeds = dict[int, Run]
-
-
 def of(scale: str, name: str, *, data: str = "cifar10") -> Seeds:
     """The networks of a name by seed; none where the scale has none."""
     at = SCALES[scale]
@@ -252,11 +250,6 @@ def shuffled_of(scale: str, name: str) -> Run:
     return run_of(scale, name, 0, shuffled=True)
 
 
-def runs_in(*tables: Seeds) -> tuple[Run, ...]:
-    """The runs of several tables, each once."""
-    return tuple({run.key: run for table in tables for run in table.values()}.values())
-
-
 def by_worth(scale: str) -> tuple[Run, ...]:
     """All runs, those first that answer most: one seed of what the figures show, then more seeds and controls."""
     core = ("110", "naive", "38", "ubn")
@@ -270,18 +263,6 @@ def by_worth(scale: str) -> tuple[Run, ...]:
         *(of(scale, name, data=data).values() for data in SETS for name in TABLE),
     ]
     return tuple({run.key: run for part in parts for run in part}.values())
-
-
-def done(results: Results, runs: Seeds) -> Seeds:
-    """Those that are complete."""
-    return {seed: run for seed, run in runs.items() if run.key in results}
-
-
-def along(profile: Profile, quantity: str, section: int | None = None) -> list[float]:
-    """Means of a quantity over images at its points, of one section or of all."""
-    points = profile.measures[quantity].points
-    means = profile.mean(quantity).tolist()
-    return [mean for point, mean in zip(points, means, strict=True) if section in (None, point.section)]
 
 
 def columns(profile: Profile, quantity: str, section: int | None = None) -> Tensor:

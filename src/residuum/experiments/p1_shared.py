@@ -8,8 +8,9 @@ import numpy as np
 
 from residuum.claims import Results
 from residuum.drawing import line, panels
-from residuum.experiments.p1_runs import NAMES, Seeds, along, done, errors, growths, last_of
+from residuum.experiments.p1_runs import NAMES, errors, growths, last_of
 from residuum.experiments.p2_figures import plain_ticks
+from residuum.experiments.seeds import Seeds, along, done
 from residuum.profiles import Profile
 from residuum.runs import Finished
 

@@ -14,9 +14,7 @@ from residuum.effects import Effect, mean_over, over_examples, paired
 from residuum.experiments.p1_runs import (
     GRID,
     LAST,
-    Seeds,
     again,
-    along,
     chosen_scale,
     columns,
     errors,
@@ -24,6 +22,7 @@ from residuum.experiments.p1_runs import (
     last_of,
     unrolled,
 )
+from residuum.experiments.seeds import Seeds, along
 from residuum.models import ResNet, ResNetConfig, count_parameters
 from residuum.probes import groups
 from residuum.profiles import Profile

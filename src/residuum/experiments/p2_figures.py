@@ -5,8 +5,6 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from residuum.claims import Figure, Results
 from residuum.drawing import COLOURS, depth_axis, line, panels, shade
 from residuum.experiments.p2_runs import (
@@ -17,7 +15,6 @@ from residuum.experiments.p2_runs import (
     Curve,
     Sweep,
     ablation_of,
-    along,
     crossing,
     curve,
     mean_curve,
@@ -25,7 +22,7 @@ from residuum.experiments.p2_runs import (
     sweep_of,
     test_errors,
 )
-from residuum.runs import Run
+from residuum.experiments.seeds import along, done, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,22 +103,17 @@ def figures(scale: str) -> tuple[Figure, ...]:
 def _having(results: Results, sweeps: Mapping[str, Sweep]) -> dict[str, Sweep]:
     """The data sets and seeds of which some run is complete."""
     found = {
-        data: {seed: done for seed, runs in sweep.items() if (done := _done(results, runs))}
+        data: {seed: there for seed, runs in sweep.items() if (there := done(results, runs))}
         for data, sweep in sweeps.items()
     }
     return {data: sweep for data, sweep in found.items() if sweep}
 
 
-def _done(results: Results, runs: Mapping[int, Run]) -> dict[int, Run]:
-    return {depth: run for depth, run in runs.items() if run.key in results}
-
-
 def _draw(axes: "Axes", curves: list[Curve], label: str, number: int, *, fresh: bool = False) -> None:
     """Mean over seeds with bars of their standard deviation."""
     mean = mean_curve(curves)
-    at = {depth: [curve[depth] for curve in curves if depth in curve] for depth in mean}
-    spread = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in at.values()]
-    line(axes, list(mean), list(mean.values()), label=label, number=number, spread=spread, fresh=fresh)
+    bars = [spread([curve[depth] for curve in curves if depth in curve]) for depth in mean]
+    line(axes, list(mean), list(mean.values()), label=label, number=number, spread=bars, fresh=fresh)
 
 
 def _errors(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
@@ -158,7 +150,7 @@ def _surfaces(results: Results, *, sweeps: Mapping[str, Sweep], quantity: str, l
         for section in range(3):
             ax = figure.add_subplot(len(having), 3, 3 * row + section + 1, projection="3d")
             for i, (depth, run) in enumerate(runs.items()):
-                steps = along(results, run, quantity, section)
+                steps = along(results[run.key].profile(), quantity, section)
                 places = [(block + 0.5) / depth for block in range(depth)]
                 part = i / max(1, len(runs) - 1)
                 ax.plot(places, [depth] * depth, steps, color=shade(part), marker=".", label=f"L = {depth}")
@@ -233,7 +225,7 @@ def _partitions(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
         run = runs[max(runs)]
         for section, ax in enumerate(axes[3 * row : 3 * row + 3]):
             for number, network in enumerate(("profile", "initial")):
-                steps = along(results, run, "scaled_perturbation", section, network=network)
+                steps = along(results[run.key].profile(network), "scaled_perturbation", section)
                 parts = [0.0, *(total / sum(steps) for total in accumulate(steps))]
                 places = [i / len(steps) for i in range(len(steps) + 1)]
                 name = ("trained", "untrained")[number]

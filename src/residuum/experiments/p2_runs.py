@@ -266,13 +266,6 @@ def crossing_over_images(results: Results, runs: Mapping[int, Run], section: int
     )
 
 
-def along(results: Results, run: Run, quantity: str, section: int, *, network: str = "profile") -> list[float]:
-    """Mean of a quantity over images at each block of a section."""
-    profile = results[run.key].profile(network)
-    points = profile.measures[quantity].points
-    return [v for p, v in zip(points, profile.mean(quantity).tolist(), strict=True) if p.section == section]
-
-
 def within(runs: Mapping[int, Run], low: int, high: int) -> dict[int, Run]:
     """The runs whose depth lies in a range, both ends included."""
     return {depth: run for depth, run in runs.items() if low <= depth <= high}

@@ -15,13 +15,13 @@ from residuum.experiments.p2_runs import (
     PRINTED,
     SCALED,
     Sweep,
-    along,
     crossing,
     crossing_over_images,
     curve,
     test_errors,
     within,
 )
+from residuum.experiments.seeds import along
 from residuum.indices import stopping_depth
 from residuum.nulls import null_theory
 from residuum.runs import Run
@@ -130,7 +130,7 @@ def shaped(results: Results, *, jobs: tuple[Run, ...], section: int, of: Callabl
     """Whether the shape of the steps along a section is on average above 0."""
     found: dict[int, list[float]] = {}
     for run in jobs:
-        found.setdefault(run.seed, []).append(of(along(results, run, "perturbation", section)))
+        found.setdefault(run.seed, []).append(of(along(results[run.key].profile(), "perturbation", section)))
     return above(_over(found), 0.0)
 
 
