@@ -41,9 +41,9 @@ def begin() -> None:
 
 def _rest(module: str, name: str) -> None:
     """Mark a function: below its other decorators, in a property its getter."""
-    found: Any = sys.modules[module]
+    found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = found.__dict__.get(part) if found else None
+        found = getattr(found, "__dict__", {}).get(part)
     function = getattr(found, "fget", None) or getattr(found, "__func__", found)
     while hasattr(function, "__wrapped__") and hasattr(function.__wrapped__, "__wrapped__"):
         function = function.__wrapped__
