@@ -14,7 +14,7 @@ import torch
 from residuum import worker
 from residuum.claims import Claim, Judged, Study, judge
 from residuum.engines.pool import Pool
-from residuum.experiments import SCALES, study
+from residuum.experiments import SCALES, p3_exact, study
 from residuum.experiments.p3 import DEEP, LONGER, REGRESSION, VARIED
 from residuum.experiments.p3_exact import VERDICTS, exact
 from residuum.experiments.p3_runs import PAPER, depth_needed, final, last_in_common, minutes, parameters, stable_rate
@@ -229,6 +229,18 @@ def test_equally_many_right_under_noise_are_not_more(tmp_path: Path) -> None:
     claim = named("small", "spirals-noise-0.04")
     equal = make(tmp_path, claim.jobs, lambda *_: (0.1, 0.1, 0.9))
     assert judge(claim, equal).verdict == "fail"
+
+
+def test_checks_without_runs_fail_where_equations_are_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p3_exact, "TOL", 1e-2)
+    for name in ("gradient", "adjoint", "picard", "reversible", "conserves"):
+        assert judge(named("small", name), {}).verdict == "fail", name
+
+
+def test_counts_and_halves_fail_where_they_are_others() -> None:
+    spirals = PLANS["small"].spirals
+    assert p3_exact.parameters({}, example=spirals, expected=1074).verdict == "fail"
+    assert p3_exact.halves({}, example=PLANS["small"].sine).verdict == "fail"
 
 
 def test_failed_trainings_are_said_and_give_no_verdict(tmp_path: Path) -> None:

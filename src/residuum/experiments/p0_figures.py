@@ -60,7 +60,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
     clutter = {data: table for data, table in ends.items() if SETS[data].startswith("Digitclutter")}
     shuffled = {data: {0: shuffled_of(scale, data)} for data in SETS}
     controls = (*shuffled.values(), *(table[FREE] for table in ends.values()))
-    where = "P0, reconstructed after its abstract; spec of this project, section 5.7"
+    where = "P0, reconstructed after its abstract and introduction; spec of this project, section 5.7"
     made = (
         (
             "effects",

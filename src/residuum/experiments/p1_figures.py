@@ -1,4 +1,4 @@
-"""P1's figures (poster 3 to 8, paper 6 and 9, Table 1), each beside untrained networks where that means something."""
+"""P1's figures of blocks and Table 1, beside untrained networks where that means something; the list of all."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -136,7 +136,7 @@ def _by_differences(loss: Callable[[], Tensor], leaf: Tensor, along: Tensor, wid
 
 def adjoint(results: Results) -> Obtained:
     """The gradient by the state with each solver beside that of the dense one."""
-    solvers: tuple[LinearSolver, ...] = (Dense(TOL), GMRES(1e-13), Neumann(1e-13))
+    solvers: tuple[LinearSolver, ...] = (Dense(TOL), GMRES(10 * TOL), Neumann(10 * TOL))
     worst = 0.0
     for form in FORMS:
         found = []
