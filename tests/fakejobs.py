@@ -31,7 +31,8 @@ class Fake:
     Attributes:
         seed: Tells runs apart.
         act: What it does half way: "nothing", "raise", "nan", "hang", "deaf" (hangs and ignores signals), "exit",
-            "kill" (itself, every time), "kill once", "full" (the disk, once), "full for all" (of its process, once).
+            "wait" (for a file OUT/go), "kill" (itself, every time), "kill once", "full" (the disk, once), "full for
+            all" (of its process, once).
         seconds: How long it takes.
         megabytes: Memory that it takes.
     """
@@ -81,6 +82,9 @@ class Fake:
             case "full for all" if not once.exists():  # the kernel refuses whatever this process writes from now on
                 once.touch()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            case "wait":
+                while not (folder.parents[1] / "go").exists():
+                    time.sleep(0.05)
             case "hang":
                 time.sleep(600)
             case "deaf":

@@ -20,6 +20,7 @@ from fakejobs import EACH, Fake, executions
 from residuum import worker
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Carrier, Slurm
+from residuum.runfolders import locked
 from residuum.sweeps import sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # those of Ray are not ours
@@ -48,21 +49,33 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
         cluster.shutdown()
 
 
+def half_way(folder: Path) -> bool:
+    return (folder / "checkpoint").exists() and len((folder / "checkpoint").read_text()) == 5
+
+
 def test_ray_loses_a_node_and_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node is killed while both are busy: its run goes on elsewhere, from its checkpoint, and no other is touched."""
-    good = [Fake(seed, seconds=4.0) for seed in range(5)]
+    good = [Fake(seed, "wait", seconds=0.1) for seed in range(5)]
     bad = [Fake(act="raise"), Fake(act="kill")]
+    folders = [tmp_path / "runs" / job.key for job in good]
+
+    def free(folder: Path) -> bool:
+        with locked(folder, wait=False) as mine:
+            return mine
+
     with two_nodes(monkeypatch) as (cluster, second):
 
         def kill() -> None:
-            # Each node has one processor, so two unfinished runs with checkpoints are one on either. (A first run that
-            # is complete already says nothing of the second node, which may still be starting.)
-            folders = [tmp_path / "runs" / job.key for job in good]
-            while sum((f / "checkpoint").exists() and not (f / "values.json").exists() for f in folders) < 2:
+            # Each node has one processor, so two waiting runs are one on either. The others go on only when the run on
+            # the lost node has ended: else it could still complete before the node is missed.
+            while len(waiting := [f for f in folders if half_way(f)]) < 2:
                 time.sleep(0.05)
             cluster.remove_node(second, allow_graceful=False)
+            while not any(free(folder) for folder in waiting):
+                time.sleep(0.05)
+            (tmp_path / "go").touch()
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         outcome = sweep([*good, *bad], tmp_path, Ray(None, EACH))
         killer.join()
@@ -72,7 +85,7 @@ def test_ray_loses_a_node_and_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     counts = Counter(executions(tmp_path))
     assert sorted(counts[job.key] for job in good) == [1, 1, 1, 1, 2]
     (moved,) = [job for job in good if counts[job.key] == 2]
-    assert json.loads((tmp_path / "runs" / moved.key / "values.json").read_text())["resumed"] >= 1
+    assert json.loads((tmp_path / "runs" / moved.key / "values.json").read_text())["resumed"] == 5
     assert counts[bad[0].key] == 1
     assert counts[bad[1].key] == 2
 
