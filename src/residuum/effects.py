@@ -12,6 +12,7 @@ from residuum.draws import means_of_draws
 from residuum.readings import finite
 
 LEVEL = 0.95
+_AT_ONCE = 100  # draws whose table is held at once: 8 MB for 10,000 examples
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,18 @@ def over_examples(
     generator, n = np.random.default_rng(seed), len(values)
     table = torch.from_numpy(np.asarray(values, dtype=float))
 
-    def of(times: np.ndarray) -> float:
+    def of(times: np.ndarray) -> list[float]:
         with np.errstate(invalid="ignore"):
-            return statistic(means_of_draws(table, torch.from_numpy(times)[None])[0].numpy())
+            return [statistic(means) for means in means_of_draws(table, torch.from_numpy(times)).numpy()]
 
-    found = [of(np.bincount(generator.integers(n, size=n), minlength=n).astype(float)) for _ in range(draws)]
+    def draw(many: int) -> np.ndarray:
+        return np.stack([np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(many)])
+
+    found = [value for start in range(0, draws, _AT_ONCE) for value in of(draw(min(_AT_ONCE, draws - start)))]
     tail = (1 - level) / 2
     with np.errstate(invalid="ignore"):  # between two infinite draws
         low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
-    return Effect(of(np.ones(n)), float(low), float(high), n, "examples", level)
+    return Effect(of(np.ones((1, n)))[0], float(low), float(high), n, "examples", level)
 
 
 def share(count: int, n: int, *, level: float = LEVEL) -> Effect:
