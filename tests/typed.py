@@ -11,7 +11,7 @@ from typing import Any
 
 from beartype import beartype
 
-CALLS = 20
+CALLS = 5
 
 _calls: Counter[tuple[str, str]] = Counter()
 _marked: list[Any] = []

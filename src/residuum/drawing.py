@@ -141,5 +141,6 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
         write_atomically(
             path, lambda part, kind=kind, about=about: figure.savefig(part, format=kind, dpi=150, metadata=about)
         )
+        figure.set_layout_engine("none")  # found once, the places are those of every format
         written.append(path)
     return written
