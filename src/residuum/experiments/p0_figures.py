@@ -10,6 +10,7 @@ from residuum.claims import Figure, Results
 from residuum.drawing import line, panels
 from residuum.effects import Effect, paired
 from residuum.experiments.p0_runs import (
+    BOUND,
     COUPLED,
     ENDS,
     FREE,
@@ -40,6 +41,7 @@ ALONG = "coupling strength"
 # number of the line's style by what is bounded
 LIMITS = {None: (0, "no limit"), 2.0: (1, "limit 2"), 1.0: (2, "limit 1"), 0.5: (3, "limit 0.5"), 5.0: (4, "limit 5")}
 CLIPPED = (5, "limit 1, norms clipped")
+STRENGTHS = {0.0: 0, 0.25: 5, 0.5: 1, 0.75: 6, 0.9: 2, 0.99: 4, 1.0: 3}  # number of the line's style
 GOOD = {"convergence": "1: settled early", "recurrence": "1: interchangeable", "divergence": "0: stable"}
 
 
@@ -48,6 +50,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
     at = SCALES[scale]
     tables = {data: {cell: of_cell(scale, data, cell) for cell in cells_of(scale, data)} for data in SETS}
     ends = {data: {cell: runs for cell, runs in tables[data].items() if cell in ENDS} for data in SETS}
+    plain = {data: {cell: runs for cell, runs in tables[data].items() if _plain(cell)} for data in SETS}
     swept = {data: tables[data] for data in at.strengths}
     sizes = {
         data: {
@@ -72,9 +75,10 @@ def figures(scale: str) -> tuple[Figure, ...]:
         (
             "a",
             "Error against the number of blocks left out at a section's end (negative) or of further runs of its last "
-            f"block (positive), mean over the sections; dotted: guessing. Test images that were measured. {BARS}",
-            _all(ends),
-            partial(_errors, tables=ends),
+            "block (positive), mean over the sections, a curve for each strength; dotted: guessing. Test images that "
+            f"were measured. {BARS}",
+            _all(plain),
+            partial(_errors, tables=plain),
         ),
         (
             "b",
@@ -109,6 +113,11 @@ def figures(scale: str) -> tuple[Figure, ...]:
         ),
     )
     return tuple(Figure(f"p0-{name}", where, caption, jobs, draw) for name, caption, jobs, draw in made)
+
+
+def _plain(cell: Cell) -> bool:
+    """Whether it differs from an end point in its strength at most."""
+    return cell in (Cell(cell.strength), Cell(cell.strength, BOUND))
 
 
 def _sized(scale: str, cell: Cell) -> bool:
@@ -218,17 +227,18 @@ def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     having = _having(results, tables)
     if not having:
         return None
-    shown = [(data, (FREE, COUPLED)) for data in having]
-    shown += [(data, LIMITED) for data, table in having.items() if any(cell in table for cell in LIMITED)]
+    shown = [(data, None) for data in having]
+    shown += [(data, BOUND) for data, table in having.items() if any(cell.bound for cell in table)]
     figure, axes = _grid(len(shown))
-    for ax, (data, cells) in zip(axes, shown, strict=True):
-        for number, cell in enumerate(cells):
-            curves = [errors_by_blocks(results, run) for run in having[data].get(cell, {}).values()]
-            points = [(float(k), [100 * curve[k] for curve in curves]) for k in (curves[0] if curves else ())]
-            _draw(ax, points, f"strength {cell.coupled}", 3 * number)
+    for ax, (data, bound) in zip(axes, shown, strict=True):
+        cells = sorted((cell for cell in having[data] if cell.bound == bound), key=lambda cell: cell.strength)
+        for cell in cells:
+            curves = [errors_by_blocks(results, run) for run in having[data][cell].values()]
+            points = [(float(k), [100 * curve[k] for curve in curves]) for k in curves[0]]
+            _draw(ax, points, f"strength {cell.coupled}", STRENGTHS[cell.strength])
         any_run = next(iter(next(iter(having[data].values())).values()))
         ax.axhline(100 * guess_error(results, any_run), color="0.5", linestyle=":", linewidth=1.2)
-        ax.set(title=f"{SETS[data]}, {'limit 1' if cells[0].bound else 'no limit'}", ylim=(0, 104))
+        ax.set(title=f"{SETS[data]}, {LIMITS[bound][1]}", ylim=(0, 104))
         ax.set(xlabel="blocks left out (-) or added (+)", ylabel="error, %")
         _legend(ax)
     data = next(iter(having))
