@@ -303,6 +303,13 @@ def _ablation(scale: str, data: str) -> list[Claim]:
             ((False, True), "measured"),
             ((False, False), "measured"),
         ),
+        (
+            "decay-longer",
+            "with weight decay, longer training makes the scaled distance grow more slowly with depth",
+            "difference of slopes below 0",
+            ((True, True), "measured"),
+            ((True, False), "measured"),
+        ),
     )
     found = []
     for name, words, known, after, before in rows:
