@@ -321,7 +321,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
 def test_checking_an_empty_folder_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["reproduce", "p2-mnist-error", "--check", "--scale", "tiny", "--out", str(out)]) == 0
-    assert "87 not run" in capsys.readouterr().out
+    assert "89 not run" in capsys.readouterr().out
     assert list((out / "runs").iterdir()) == []
     content = json.loads((out / "tiny" / "claims.json").read_text())
     alone = {c.id for s in choose("tiny", []).studies for c in s.claims if c.test and not c.jobs}  # need no runs
@@ -333,7 +333,7 @@ def test_checking_an_empty_folder_runs_nothing(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
     mine = reproduced("p2", tmp_path)
-    assert len(mine) == 89
+    assert len(mine) == 91
     assert "not run" not in {claim["verdict"] for claim in mine}
     assert len(list((tmp_path / "out" / "tiny" / "p2").glob("*.png"))) == 10
     arguments = ["reproduce", "p2-mnist-error", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]
