@@ -329,6 +329,14 @@ def test_checking_an_empty_folder_runs_nothing(tmp_path: Path, capsys: pytest.Ca
     assert len(alone) == 44  # P1's 19 counts, two of P2's numbers, 23 checks of P3
 
 
+def test_kept_runs_that_are_not_there_are_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kpet"
+    arguments = ["reproduce", "p2-mnist-error", "--check", "--scale", "tiny", "--out", str(out), "--kept", str(kept)]
+    assert main(arguments) == 2
+    assert f"{kept} is not there, nor are runs in {out}: nothing can be checked" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
         ValueError: If a name is unknown, or a kept run is damaged or read other data; or if runs are not complete in
             the end: the report is written all the same.
         OSError: If something cannot be read or written.
-        FileNotFoundError: If data are not there; the message says how to get them.
+        FileNotFoundError: If data are not there; the message says how to get them. If kept runs are to be checked and
+            there are neither these nor others.
         KeyboardInterrupt: If it was stopped; the message says how to go on.
     """
     if flags.list and flags.check:
@@ -51,6 +52,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
         if flags.list:
             screen.print(listing(choice, results))
             return
+        if flags.check and flags.kept and not (results or flags.kept.exists()):
+            raise FileNotFoundError(f"{flags.kept} is not there, nor are runs in {flags.out}: nothing can be checked")
         prepare(flags.out)
         problem = ""
         if not flags.check and any(job.key not in results for job in choice.jobs):
