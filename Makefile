@@ -24,9 +24,9 @@ demo: .venv/core
 test: .venv/dev
 	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
-# The slow ones, of which some wait for processes, without the checks of types that the others have (tests/typed.py).
+# The slow ones without the checks of types that the others have (tests/typed.py).
 test-all: test
-	$(ONE) $(BIN)/pytest -q -n 3 --dist worksteal -m slow -o addopts=--strict-markers
+	$(ONE) $(BIN)/pytest -q -n 2 --dist worksteal -m slow -o addopts=--strict-markers
 
 lint: .venv/dev
 	$(BIN)/ruff check .
