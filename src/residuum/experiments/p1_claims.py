@@ -60,6 +60,7 @@ PROJECTIONS = "Blocks that change the shape are left out: their skip is not the 
 GROUPS = "Borderline: top probabilities less than 10 points apart at the end; the paper's definition is not printed."
 MODE = "Training loss is that in training mode, over the last epoch; test loss that in evaluation mode."
 CALIBRATED = "Batch norm is calibrated on 1,000 images first; at its fresh 0 and 1 every network explodes."
+EQUAL = "All gammas and betas are equal there, so that sharing them changes nothing, by construction."
 NEEDS_TABLE = "needs the paper's widths, images and 300 epochs"
 BEYOND = "this scale has no such network, or not this data set"
 SHALLOW, LONG = ("single", "wide"), ("single", "avgpool")  # few blocks; the first block moves the state far
