@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from residuum.effects import Effect
 from residuum.jobs import Job
@@ -34,6 +34,10 @@ class Obtained:
     value: str
     verdict: Verdict
     effects: tuple[Effect, ...] = ()
+
+
+Test = Callable[[Results], Obtained]
+Drawn: TypeAlias = "matplotlib.figure.Figure | None"
 
 
 def at_least(effect: Effect, threshold: float) -> Obtained:
@@ -118,7 +122,7 @@ class Claim:
     statement: str
     expected: str
     jobs: tuple[Job, ...]
-    test: Callable[[Results], Obtained] | None
+    test: Test | None
     limits: str = ""
 
 
@@ -138,7 +142,7 @@ class Figure:
     source: str
     caption: str
     jobs: tuple[Job, ...]
-    draw: Callable[[Results], "matplotlib.figure.Figure | None"]
+    draw: Callable[[Results], Drawn]
 
 
 def no_estimate(job: Job) -> float | None:

@@ -119,6 +119,23 @@ def depth_axis(axes: "Axes", depths: Iterable[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
+def plain_ticks(axes: "Axes") -> None:
+    """Numbers such as 0.2 instead of powers of ten on a logarithmic vertical axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def whole_axis(axes: "Axes", words: str = "epoch") -> None:
+    """A horizontal axis of whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel(words)
+
+
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and PDF, each complete or not at all.
 

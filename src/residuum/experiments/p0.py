@@ -1,15 +1,15 @@
 """P0: Lippl, Peters and Kriegeskorte 2024, iterative convergent computation in ResNets (PLOS ONE 19(3): e0293440)."""
 
-from collections.abc import Callable
 from functools import partial
 
-from residuum.claims import Claim, Obtained, Results, Study
+from residuum.claims import Claim, Study, Test
 from residuum.experiments.costs import network_minutes
 from residuum.experiments.p0_figures import figures
 from residuum.experiments.p0_runs import (
     BOUND,
     CLIPPED,
     COUPLED,
+    FIRST,
     FREE,
     GROUP,
     LIMITED,
@@ -19,9 +19,12 @@ from residuum.experiments.p0_runs import (
     SCALES,
     SETS,
     SUMMED,
+    UNEQUAL,
     Cell,
     by_worth,
+    index_of,
     of_cell,
+    sharing,
 )
 from residuum.experiments.p0_verdicts import (
     AS_LOW,
@@ -31,7 +34,6 @@ from residuum.experiments.p0_verdicts import (
     Pair,
     as_low,
     away,
-    convergence_of,
     far,
     gain,
     index_falls,
@@ -39,9 +41,7 @@ from residuum.experiments.p0_verdicts import (
     near,
     no_gain,
     one_block,
-    recurrence_of,
     rises_along,
-    sharing_of,
 )
 from residuum.experiments.seeds import Seeds, runs_in
 
@@ -52,7 +52,15 @@ RECONSTRUCTED = (
     "settings are reconstructed."
 )
 DEBRIS = "Debris is not named there."
-SLOWER = "Coupled gradients are means: equal blocks learn as if shared at a third of the rate; see p0-mnist-4-sum."
+FREEDOM = f"{INTRODUCTION}: unconstrained networks benefit from the freedom of non-recurrent blocks"
+SLOWER = (
+    "Coupled gradients are means: equal blocks learn as if shared at a third of the rate, in as many steps. The "
+    "difference can be one of speed; see p0-mnist-4-sum, where gradients are summed."
+)
+EQUAL = (
+    "Blocks start equal, so that the coupling is the only difference to strength 1, and stay alike; with independent "
+    "starts, as an ordinary network has: {}."
+)
 CONVOLUTIONS = "The limit is on convolutions alone: batch norm is free, and can undo it, so it bounds no branch."
 OWN_NORMS = (
     "Blocks have equal convolutions and batch norms of their own; with common ones it is 1, see p0-mnist-one-block."
@@ -63,8 +71,6 @@ UNTRAINED = (
     "0.89 by agreement with their own answers)."
 )
 POINTS = f"one-sided bound of 95 % at most {100 * NO_GAIN:g} points"
-
-Test = Callable[[Results], Obtained]
 
 
 def study(scale: str) -> Study:
@@ -108,23 +114,43 @@ def _of_data(scale: str, data: str) -> list[Claim]:
 
 def _ordinary(scale: str, data: str) -> list[Claim]:
     """Claim 1: networks do not learn iterative, convergent solutions by themselves."""
-    free = of_cell(scale, data, FREE)
-    return [
-        _claim(
-            f"{data}-1-{index}",
-            f"{ABSTRACT}: networks do not learn iterative solutions",
-            f"{SETS[data]}: ordinary networks {words}",
-            f"{index} index at {known}",
-            partial(away, runs=free, index=index),
-            runs=(free,),
-            limits=UNTRAINED if index == "recurrence" else "",
+    free, coupled, unequal = (of_cell(scale, data, cell) for cell in (FREE, COUPLED, UNEQUAL))
+    kinds = [
+        (
+            "",
+            "networks without coupling",
+            free,
+            EQUAL.format("see the claims ending in -unequal" if data in FIRST else "not run here"),
         )
+    ]
+    kinds += [("-unequal", "ordinary networks, whose blocks start independent,", unequal, "")] * (data in FIRST)
+    found = [
+        _claim(
+            f"{data}-1-{index}{end}",
+            f"{ABSTRACT}: networks do not learn iterative solutions",
+            f"{SETS[data]}: {who} {words}",
+            f"{index} index at {known}",
+            partial(away, runs=runs, index=index),
+            runs=(runs,),
+            limits=" ".join(filter(None, (limits, UNTRAINED if index == "recurrence" and not end else ""))),
+        )
+        for end, who, runs, limits in kinds
         for index, words, known in (
             ("convergence", "need their last blocks", f"most {1 - AWAY:g}"),
             ("recurrence", "have blocks that cannot stand for each other", f"most {1 - AWAY:g}"),
             ("divergence", "lose the answer when the last block goes on", f"least {AWAY:g}"),
         )
     ]
+    freedom = _claim(
+        f"{data}-4-freedom-unequal",
+        FREEDOM,
+        f"{SETS[data]}: ordinary networks, whose blocks start independent, are more accurate than strength 1",
+        "difference above 0",
+        partial(gain, pairs=((unequal, coupled),)),
+        runs=(unequal, coupled),
+        limits=SLOWER,
+    )
+    return [*found, *[freedom] * (data in FIRST)]
 
 
 def _coupled(scale: str, data: str) -> list[Claim]:
@@ -149,7 +175,7 @@ def _coupled(scale: str, data: str) -> list[Claim]:
          partial(far, runs=coupled, indices=("convergence", "divergence"))),
         ("4-accuracy", f"{ABSTRACT}: recurrence does not improve accuracy",
          "strength 1 is not more accurate than strength 0", f"gain: {POINTS}", partial(no_gain, pairs=up)),
-        ("4-freedom", f"{INTRODUCTION}: unconstrained networks benefit from the freedom of non-recurrent blocks",
+        ("4-freedom", FREEDOM,
          "strength 0 is more accurate than strength 1", "difference above 0", partial(gain, pairs=((free, coupled),))),
     )  # fmt: skip
     return [
@@ -221,8 +247,13 @@ def _along_strengths(scale: str, data: str) -> list[Claim]:
     cells = [of_cell(scale, data, cell) for cell in (FREE, *map(Cell, SCALES[scale].between), COUPLED)]
     known, stronger = "rank correlation with the strength above 0, mean over seeds", "the stronger the coupling"
     rows = (
-        ("gradual", f"{ABSTRACT}: recurrence regularisation", "blocks are the more interchangeable", recurrence_of),
-        ("sharing", DERIVED, "weights stay the more alike", sharing_of),
+        (
+            "gradual",
+            f"{ABSTRACT}: recurrence regularisation",
+            "blocks are the more interchangeable",
+            partial(index_of, name="recurrence"),
+        ),
+        ("sharing", DERIVED, "weights stay the more alike", sharing),
     )
     return [
         *(
@@ -321,7 +352,7 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
             f"{ABSTRACT}: the Lipschitz constraint makes networks convergent",
             f"{SETS[data]}: networks settle the earlier, the lower the limit ({words})",
             "rank correlation above 0, mean over seeds",
-            partial(rises_along, cells=limits, of=convergence_of),
+            partial(rises_along, cells=limits, of=partial(index_of, name="convergence")),
             runs=tuple(limits),
             limits=CONVOLUTIONS,
         ),

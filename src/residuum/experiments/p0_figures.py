@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from residuum.claims import Figure, Results
+from residuum.claims import Drawn, Figure, Results
 from residuum.drawing import line, panels
 from residuum.effects import Effect, paired
 from residuum.experiments.p0_runs import (
@@ -19,7 +19,6 @@ from residuum.experiments.p0_runs import (
     SCALES,
     SETS,
     Cell,
-    accuracies,
     cells_of,
     errors_by_blocks,
     guess_error,
@@ -27,15 +26,15 @@ from residuum.experiments.p0_runs import (
     of_cell,
     shuffled_of,
 )
-from residuum.experiments.seeds import Seeds, done, runs_in, spread
+from residuum.experiments.p0_verdicts import has_learned
+from residuum.experiments.seeds import Seeds, complete, complete_by_data, done, last, runs_in, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-Drawn = "matplotlib.figure.Figure | None"
 Table = Mapping[Cell, Seeds]  # the networks of one data set
-KINDS = "sum: with summed gradients; all: one recurrent block."
+KINDS = "sum: with summed gradients; all: one recurrent block; unequal: blocks that start independent, others equal."
 BARS = "Means over seeds; bars: their standard deviation, where there are several."
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
@@ -128,15 +127,6 @@ def _all(tables: Mapping[str, Table]) -> tuple:
     return runs_in(*(runs for table in tables.values() for runs in table.values()))
 
 
-def _having(results: Results, tables: Mapping[str, Table]) -> dict[str, dict[Cell, Seeds]]:
-    """What is complete, without data sets and cells of which nothing is."""
-    found = {
-        data: {cell: there for cell, runs in table.items() if (there := done(results, runs))}
-        for data, table in tables.items()
-    }
-    return {data: table for data, table in found.items() if table}
-
-
 def _draw(axes: "Axes", points: Iterable[tuple[float, Sequence[float]]], label: str, number: int) -> None:
     """Means with bars of their standard deviation over seeds, where there are values."""
     known = [(x, values) for x, values in points if len(values)]
@@ -167,7 +157,7 @@ def _ticks(axes: "Axes", names: Sequence[str], *, turned: bool = False) -> None:
 
 def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     """Strength 1 less strength 0, of accuracy and the indices."""
-    having = _having(results, tables)
+    having = complete_by_data(results, tables)
     quantities = ("accuracy", *INDICES)
     found: dict[tuple[str, bool], dict[str, Effect]] = {}
     for quantity in quantities:
@@ -188,6 +178,10 @@ def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
                 ends = [e.high - e.value if np.isfinite(e.high) else 0.0 for e in effects.values()]
                 name = ("no limit", "limit 1")[bounded]
                 line(ax, x, [e.value for e in effects.values()], label=name, number=2 * bounded, spread=ends)
+                most = max(effect.n for effect in effects.values())
+                for place, effect in zip(x, effects.values(), strict=True):
+                    few = f" {effect.n} of {most} seeds" * (effect.n < most)  # others guess: it is undefined
+                    ax.annotate(few, (place, effect.value), fontsize=8, rotation=90, va="center", ha="left")
         for drawn in ax.get_lines():
             drawn.set_linestyle("none")
         ax.axhline(0, color="0.5", linewidth=1)
@@ -197,10 +191,14 @@ def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
         _legend(ax)
     said = found["recurrence", False]
     clear = [sum(e.low > 0 for e in said.values()), len(said)]
-    better = sum(e.low > 0 for e in found["accuracy", False].values())
+    trained = [
+        effect
+        for data, effect in found["accuracy", False].items()
+        if has_learned(results, (having[data][COUPLED], having[data][FREE]))
+    ]
     figure.suptitle(
-        f"Coupling without a limit: blocks more interchangeable on {clear[0]} of {clear[1]} data sets, networks "
-        f"more accurate on {better} of {len(found['accuracy', False])} (95 % over seeds)"
+        f"Coupling without a limit: blocks more interchangeable on {clear[0]} of {clear[1]} data sets, networks more "
+        f"accurate on {sum(e.low > 0 for e in trained)} of {len(trained)} that they learn (95 % over seeds)"
     )
     return figure
 
@@ -218,13 +216,13 @@ def _change(results: Results, table: Table, cells: Sequence[Cell], quantity: str
 def _values(results: Results, runs: Seeds, quantity: str) -> dict[int, float]:
     """Accuracy in percent, or an index where it is defined, by seed."""
     if quantity == "accuracy":
-        return {seed: 100 * right for seed, right in accuracies(results, runs).items()}
+        return {seed: 100 * right for seed, right in last(results, runs, "test_accuracy").items()}
     return index_of(results, runs, quantity, none=True)
 
 
 def _errors(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     """Error by blocks left out or added."""
-    having = _having(results, tables)
+    having = complete_by_data(results, tables)
     if not having:
         return None
     shown = [(data, None) for data in having]
@@ -263,7 +261,7 @@ def _grid(count: int) -> tuple["Canvas", list["Axes"]]:
 def _strengths(tables: Mapping[str, Table]) -> list[str]:
     """The places on the axis of strengths: those between 0 and 1, then other kinds of coupling."""
     cells = {cell for table in tables.values() for cell in table}
-    order = sorted(cells, key=lambda cell: (cell.couple == "all", cell.reduce == "sum", cell.strength))
+    order = sorted(cells, key=lambda c: (c.alike < 1, c.couple == "all", c.reduce == "sum", c.strength))
     return list(dict.fromkeys(cell.coupled for cell in order))
 
 
@@ -293,7 +291,7 @@ def _along(ax: "Axes", results: Results, table: Table, quantity: str, strengths:
 
 def _indices(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     """Three indices against the strength, for each limit."""
-    having = _having(results, tables)
+    having = complete_by_data(results, tables)
     if not having:
         return None
     figure, axes = panels("", len(having), 3, width=4.6)
@@ -320,7 +318,7 @@ def _ends(results: Results, table: Table, quantity: str, name: str) -> str:
 
 def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     """Accuracy against the strength, one panel for each data set."""
-    having = _having(results, tables)
+    having = complete_by_data(results, tables)
     if not having:
         return None
     figure, axes = _grid(len(having))
@@ -342,7 +340,7 @@ def _accuracy(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
 def _sizes(results: Results, *, tables: Mapping[str, Mapping[int, Table]]) -> Drawn:
     """Accuracy against the number of training images."""
     having = {
-        data: {size: cells for size, table in sizes.items() if (cells := _having(results, {"": table}).get(""))}
+        data: {size: cells for size, table in sizes.items() if (cells := complete(results, table))}
         for data, sizes in tables.items()
     }
     having = {data: sizes for data, sizes in having.items() if len(sizes) > 1}
@@ -376,7 +374,7 @@ def _range(values: Sequence[float]) -> str:
 
 def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
     """Accuracy and indices against the number of digits."""
-    having = _having(results, tables)
+    having = complete_by_data(results, tables)
     if not having:
         return None
     figure, axes = panels("", 1, 4, height=4.0)
@@ -390,7 +388,14 @@ def _clutter(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
             debris = values.get("debris")
             if debris:
                 colour = ax.get_lines()[-1].get_color() if ax.get_lines() else "0.3"
-                ax.plot([3.15], [np.mean(debris)], marker="x", linestyle="none", color=colour, label=f"{name}, debris")
+                ax.plot(
+                    [3.1 + 0.1 * number],
+                    [np.mean(debris)],
+                    marker="x",
+                    linestyle="none",
+                    color=colour,
+                    label=f"{name}, debris",
+                )
         label = (
             "all digits right, % of test images" if quantity == "accuracy" else f"{quantity} index ({GOOD[quantity]})"
         )

@@ -42,6 +42,7 @@ class Cell:
         couple: "weights", or "all" for one recurrent block with one set of statistics.
         norm: Norm inside the blocks.
         reduce: Of the coupling: "mean", or "sum" for gradients as large as those of shared weights.
+        alike: How alike the blocks of a section start: 1 equal, so that only the coupling differs, 0 independent.
     """
 
     strength: float = 0.0
@@ -50,11 +51,13 @@ class Cell:
     couple: str = "weights"
     norm: str = "batch"
     reduce: str = "mean"
+    alike: float = 1.0
 
     @property
     def coupled(self) -> str:
         """The strength in words."""
-        return f"{self.strength:g}" + (", all" * (self.couple == "all")) + (", sum" * (self.reduce == "sum"))
+        kinds = {"all": self.couple == "all", "sum": self.reduce == "sum", "unequal": self.alike < 1}
+        return ", ".join((f"{self.strength:g}", *(name for name, given in kinds.items() if given)))
 
 
 FREE, COUPLED = Cell(0.0), Cell(1.0)  # the end points without limit
@@ -68,6 +71,8 @@ GROUP = (Cell(0.0, norm="group"), Cell(1.0, couple="all", norm="group"))
 # Strength 1 with the mean is weight sharing at a third of the learning rate (three blocks), and may just learn slower.
 SUMMED = Cell(1.0, reduce="sum")
 CLIPPED = tuple(Cell(strength, BOUND, clipped=True) for strength in (0.0, 1.0))
+UNEQUAL = Cell(alike=0.0)  # as ordinary residual networks start
+FIRST = ("mnist", "clutter3", "cifar10")  # data sets that come first, and on which networks also start unequal
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def run_of(
     shuffled: bool = False,
     measure: bool = True,
 ) -> Run:
-    """One network of the study. All start with equal weights in each section, so the coupling is the only difference.
+    """One network of the study. All but `UNEQUAL` start with equal weights in each section.
 
     The learning rate is 0.1 on Digitclutter, of which networks learn little in few steps, and that of the scale on all
     others.
@@ -234,7 +239,7 @@ def run_of(
     colours, classes, side = _SHAPES.get(images.name, (1, 10, 32))
     limit = None if cell.bound is None else Limit(cell.bound, side, "clipped" if cell.clipped else "allowed")
     network = ResNetConfig(
-        at.blocks, at.widths, channels=colours, classes=classes, norm=cell.norm, alike=1.0, limit=limit
+        at.blocks, at.widths, channels=colours, classes=classes, norm=cell.norm, alike=cell.alike, limit=limit
     )
     epochs = max(1, round(at.updates[data] / -(-count // at.batch)))
     training = TrainConfig(
@@ -257,7 +262,7 @@ _SHAPES = {"mnist": (1, 10, 28), "cifar10": (3, 10, 32), "cifar100": (3, 100, 32
 def of_cell(scale: str, data: str, cell: Cell, *, size: int | None = None) -> Seeds:
     """The networks of one cell by seed: more of the end points. Subsets are trained on for their accuracy only."""
     at = SCALES[scale]
-    seeds = at.ends if cell in ENDS and (size is None or cell.bound is None) else at.seeds
+    seeds = at.ends if cell in (*ENDS, UNEQUAL) and (size is None or cell.bound is None) else at.seeds
     return {seed: run_of(scale, data, cell, seed, size=size, measure=size is None) for seed in seeds}
 
 
@@ -265,6 +270,7 @@ def cells_of(scale: str, data: str) -> tuple[Cell, ...]:
     """The cells of a data set, end points first."""
     at = SCALES[scale]
     found = [cell for cell in ENDS if cell.bound is None or data not in at.free_only]
+    found += [UNEQUAL] * (data in FIRST)
     if data in at.strengths:
         found += [SUMMED, *map(Cell, at.between)]
     if data in at.limits:
@@ -281,7 +287,7 @@ def shuffled_of(scale: str, data: str) -> Run:
 def by_worth(scale: str) -> tuple[Run, ...]:
     """All runs, in such an order that the first already answer something: end points first, seed by seed."""
     at = SCALES[scale]
-    first, later = ("mnist", "clutter3", "cifar10"), ("clutter2", "clutter4", "clutter5", "debris", "cifar100")
+    later = [data for data in SETS if data not in FIRST]
 
     def ordered(data: str, cells: Iterable[Cell], size: int | None = None) -> list[Run]:
         table = [of_cell(scale, data, cell, size=size) for cell in cells]
@@ -294,8 +300,9 @@ def by_worth(scale: str) -> tuple[Run, ...]:
         return [run for size in at.sizes.get(data, ()) for run in ordered(data, cells, size)]
 
     parts = [
-        *map(ends, first),
-        [shuffled_of(scale, data) for data in first],
+        *map(ends, FIRST),
+        [shuffled_of(scale, data) for data in FIRST],
+        *(ordered(data, [UNEQUAL]) for data in FIRST),
         [run for data in at.strengths for run in ordered(data, [SUMMED])],
         sizes("mnist"),
         ordered("mnist", cells_of(scale, "mnist")),
@@ -332,16 +339,6 @@ def index_of(
         if index is not None:
             found[seed] = index["value"]
     return found
-
-
-def accuracies(results: Results, runs: Seeds) -> dict[int, float]:
-    """Share of all test images that are right after training, in [0, 1], by seed; of Digitclutter in all digits."""
-    return {seed: results[run.key].history[-1]["test_accuracy"] for seed, run in runs.items()}
-
-
-def losses(results: Results, runs: Seeds) -> dict[int, float]:
-    """Mean loss on the training images in the last epoch, by seed."""
-    return {seed: results[run.key].history[-1]["train_loss"] for seed, run in runs.items()}
 
 
 def sharing(results: Results, runs: Seeds) -> dict[int, float]:

@@ -8,8 +8,8 @@ import numpy as np
 
 from residuum.claims import Obtained, Results, above, at_least, at_most, below, every
 from residuum.effects import Effect, mean_over, over_examples, paired
-from residuum.experiments.p0_runs import accuracies, index_of, losses, right_by_image, sharing
-from residuum.experiments.seeds import Seeds
+from residuum.experiments.p0_runs import index_of, right_by_image
+from residuum.experiments.seeds import Seeds, last
 from residuum.runs import Run
 
 # "Clearly away from the ideal": a tenth of the way to guessing, three times what 500 images leave uncertain.
@@ -26,8 +26,12 @@ Pair = tuple[Seeds, Seeds]  # what is compared with what: after, before
 
 def away(results: Results, *, runs: Seeds, index: str) -> Obtained:
     """An index of networks that are not convergent, or not iterative: its mean over seeds away from the ideal."""
-    effect = mean_over(list(index_of(results, runs, index).values()))
+    effect = _index(results, runs, index)
     return at_least(effect, AWAY) if index == "divergence" else at_most(effect, 1 - AWAY)
+
+
+def _index(results: Results, runs: Seeds, index: str) -> Effect:
+    return mean_over(list(index_of(results, runs, index).values()))
 
 
 def far(results: Results, *, runs: Seeds, indices: Sequence[str]) -> Obtained:
@@ -39,7 +43,7 @@ def near(results: Results, *, cells: Sequence[Seeds], indices: Sequence[str]) ->
     """Several indices near the ideal, in each cell."""
 
     def judged(runs: Seeds, index: str) -> Obtained:
-        effect = mean_over(list(index_of(results, runs, index).values()))
+        effect = _index(results, runs, index)
         return at_most(effect, AWAY) if index == "divergence" else at_least(effect, 1 - AWAY)
 
     return every(judged(runs, index) for runs in cells for index in indices)
@@ -82,15 +86,26 @@ def gain(results: Results, *, pairs: Sequence[Pair]) -> Obtained:
 
 def _gain(results: Results, pair: Pair, level: float = 0.95) -> Effect:
     """Accuracy of the first less that of the second; where both guess, equal ones would say nothing."""
-    found = [accuracies(results, runs) for runs in pair]
-    best, chance = max(map(_mean, found)), guess_accuracy(next(iter(pair[0].values())))
-    loss = min(_mean(_share_of_guessing(results, runs)) for runs in pair)
-    if best < chance + ROOM or loss > 1 - LEARNED:
+    if not has_learned(results, pair):
+        best, loss = _best(results, pair)
+        chance = guess_accuracy(next(iter(pair[0].values())))
         raise ValueError(
             f"neither has learned anything: {best:.1%} right where a guess has {chance:.1%}, training losses of "
             f"{loss:.3f} that of guessing, at best"
         )
-    return paired(*found, level=level)
+    return paired(*(last(results, runs, "test_accuracy") for runs in pair), level=level)
+
+
+def has_learned(results: Results, pair: Pair) -> bool:
+    """Whether one of two networks has learned anything, by accuracy and by training loss, in the mean over seeds."""
+    best, loss = _best(results, pair)
+    return best >= guess_accuracy(next(iter(pair[0].values()))) + ROOM and loss <= 1 - LEARNED
+
+
+def _best(results: Results, pair: Pair) -> tuple[float, float]:
+    """The better accuracy, and the lower training loss by that of guessing, in the mean over seeds."""
+    right = max(_mean(last(results, runs, "test_accuracy")) for runs in pair)
+    return right, min(_mean(_share_of_guessing(results, runs)) for runs in pair)
 
 
 def _mean(by_seed: Mapping[int, float]) -> float:
@@ -99,7 +114,7 @@ def _mean(by_seed: Mapping[int, float]) -> float:
 
 def _share_of_guessing(results: Results, runs: Seeds) -> dict[int, float]:
     """Training loss by that of knowing nothing but how frequent classes are, by seed."""
-    return {seed: loss / guess_loss(runs[seed]) for seed, loss in losses(results, runs).items()}
+    return {seed: loss / guess_loss(runs[seed]) for seed, loss in last(results, runs, "train_loss").items()}
 
 
 def _beside(results: Results, pair: Pair, found: Obtained) -> Obtained:
@@ -125,21 +140,6 @@ def rises_along(
         raise ValueError("all values are equal, so there is no order among them")
     # Seeds that agree in every rank leave a student's interval of length 0; it says that they agree, which is all.
     return above(mean_over(found), 0.0)
-
-
-def recurrence_of(results: Results, runs: Seeds) -> dict[int, float]:
-    """The recurrence index by seed."""
-    return index_of(results, runs, "recurrence")
-
-
-def convergence_of(results: Results, runs: Seeds) -> dict[int, float]:
-    """The convergence index by seed."""
-    return index_of(results, runs, "convergence")
-
-
-def sharing_of(results: Results, runs: Seeds) -> dict[int, float]:
-    """The achieved sharing by seed."""
-    return sharing(results, runs)
 
 
 def one_block(results: Results, *, cells: Sequence[Seeds]) -> Obtained:

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from residuum.claims import Claim, Study
+from residuum.claims import Claim, Study, Test
 from residuum.experiments.costs import network_minutes
 from residuum.experiments.p1_claims import (
     CALIBRATED,
@@ -10,7 +10,7 @@ from residuum.experiments.p1_claims import (
     MODE,
     NEEDS_TABLE,
     OURS,
-    Test,
+    SHORTER,
     answers,
     borderline,
     claim,
@@ -76,6 +76,8 @@ def study(scale: str) -> Study:
         *unrolling(scale),
         *_naive(scale),
         *_remedy(scale),
+        *_order(scale),
+        *_ablation(scale),
         *_table(scale),
     ]
     return Study(
@@ -143,213 +145,158 @@ def _naive(scale: str) -> list[Claim]:
     """Naive sharing: the upper blocks of each section are one module, batch norm included."""
     naive, deep, small = (of(scale, name) for name in ("naive", "110", "38"))
     erratum = "Compared with ResNet-38, which has equally many parameters; the submission says ResNet-32."
-    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...], str], ...] = (
-        (
-            "fit",
-            "section 4.5, figure 8",
-            "fits its training images worse than ResNet-110",
-            "training loss higher",
-            partial(fits_worse, after=naive, before=deep),
-            (naive, deep),
-            MODE,
-        ),
-        (
-            "train",
-            "section 4.5, figure 8",
-            "is wrong on more training images than ResNet-110, in evaluation mode",
-            "training error higher",
-            partial(worse, after=naive, before=deep, split="train"),
-            (naive, deep),
-            "",
-        ),
-        (
-            "test",
-            "section 4.5, figure 8",
-            "is wrong on more test images than ResNet-38",
-            "test error higher",
-            partial(worse, after=naive, before=small),
-            (naive, small),
-            erratum,
-        ),
-        (
-            "gap",
-            "poster, figure 8: heavily overfits",
-            "has a wider gap between training and test than ResNet-38",
-            "difference of losses larger",
-            partial(wider_gap, after=naive, before=small, recalibrated=False),
-            (naive, small),
-            f"{MODE} {erratum}",
-        ),
-        (
-            "gap-again",
-            f"{OURS}",
-            "still has a wider gap than ResNet-38 when statistics are re-estimated for every application",
-            "difference of losses larger",
-            partial(wider_gap, after=naive, before=small, recalibrated=True),
-            (naive, small),
-            f"{MODE} {erratum}",
-        ),
-        (
-            "recovers",
-            OURS,
-            "gets back half of the test accuracy that it has cost by re-estimated statistics",
-            f"at least {RECOVERED:.0%}, mean over seeds",
-            partial(recovers, runs=naive, unshared=deep),
-            (naive, deep),
-            "",
-        ),
-        (
-            "ratio",
-            "figure 8, right",
-            "has gradients that grow much more on their way down than those of ResNet-38",
-            f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs",
-            partial(ratio_larger, runs=naive, before=small),
-            (naive, small),
-            erratum,
-        ),
-        (
-            "ratio-test",
-            "figure 8, right; validation batches",
-            "has gradients that grow much more on their way down than those of ResNet-38, on test images",
-            f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs",
-            partial(ratio_larger, runs=naive, before=small, split="test"),
-            (naive, small),
-            erratum,
-        ),
-        (
-            "ratio-unshared",
-            "figure 8, right",
-            "has gradients that grow much more on their way down than those of the unshared ResNet-110",
-            f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs",
-            partial(ratio_larger, runs=naive, before=deep),
-            (naive, deep),
-            "",
-        ),
+    figure, both, grow = (
+        "section 4.5, figure 8",
+        f"{MODE} {erratum}",
+        "has gradients that grow much more on their way down",
+    )
+    times = f"ratio at least {MUCH_LARGER:g} times as large, mean over epochs"
+
+    def shared(name: str, place: str, text: str, known: str, test: Test, other: Seeds, limits: str = "") -> Claim:
+        text = f"Naive sharing {text}"
+        return claim(f"naive-{name}", place, text, known, test, jobs=runs_in(naive, other), limits=limits)
+
+    return [
+        shared("fit", figure, "fits its training images worse than ResNet-110", "training loss higher",
+               partial(fits_worse, after=naive, before=deep), deep, MODE),
+        shared("train", figure, "is wrong on more training images than ResNet-110, in evaluation mode",
+               "training error higher", partial(worse, after=naive, before=deep, split="train"), deep),
+        shared("test", figure, "is wrong on more test images than ResNet-38", "test error higher",
+               partial(worse, after=naive, before=small), small, erratum),
+        shared("gap", "poster, figure 8: heavily overfits", "has a wider gap between training and test than ResNet-38",
+               "difference of losses larger", partial(wider_gap, after=naive, before=small, recalibrated=False), small,
+               both),
+        shared("gap-again", OURS, "still has a wider gap than ResNet-38 when statistics are re-estimated for every "
+               "application", "difference of losses larger",
+               partial(wider_gap, after=naive, before=small, recalibrated=True), small, both),
+        shared("recovers", OURS, "gets back half of the test accuracy that it has cost by re-estimated statistics",
+               f"at least {RECOVERED:.0%}, mean over seeds", partial(recovers, runs=naive, unshared=deep), deep),
+        shared("ratio", "figure 8, right", f"{grow} than those of ResNet-38", times,
+               partial(ratio_larger, runs=naive, before=small), small, erratum),
+        shared("ratio-test", "figure 8, right; validation batches", f"{grow} than those of ResNet-38, on test images",
+               times, partial(ratio_larger, runs=naive, before=small, split="test"), small, erratum),
+        shared("ratio-unshared", "figure 8, right", f"{grow} than those of the unshared ResNet-110", times,
+               partial(ratio_larger, runs=naive, before=deep), deep),
         *(
-            (
-                f"initial-{what}",
-                "section 4.5",
-                f"has {what} that explode at initialisation",
-                f"growth at least {EXPLODES:g} times that of ResNet-110",
-                partial(initial_explodes, runs=naive, unshared=deep, what=what),
-                (naive, deep),
-                CALIBRATED,
-            )
+            shared(f"initial-{what}", "section 4.5", f"has {what} that explode at initialisation",
+                   f"growth at least {EXPLODES:g} times that of ResNet-110",
+                   partial(initial_explodes, runs=naive, unshared=deep, what=what), deep, CALIBRATED)
             for what in ("activations", "gradients")
         ),
-    )
-    return [
-        claim(f"naive-{label}", place, f"Naive sharing {text}", known, test, jobs=runs_in(*tables), limits=limits)
-        for label, place, text, known, test, tables, limits in rows
-    ]
+    ]  # fmt: skip
 
 
 def _remedy(scale: str) -> list[Claim]:
-    """Unshared batch norm, and what it needs."""
+    """Unshared batch norm."""
     ubn, deep, naive = (of(scale, name) for name in ("ubn", "110", "naive"))
-    without = {name: of(scale, name) for name in ABLATED}
-    statistics, others = without["statistics"], [without["gamma"], without["affine"]]
-    rows: tuple[tuple[str, str, str, str, Test, tuple[Seeds, ...], str], ...] = (
+    known = f"growth at most {NO_MORE:g} times that of ResNet-110, where that of naive sharing is at least "
+    known += f"{EXPLODES:g} times"
+    return [
         *(
-            (
+            claim(
                 f"ubn-{what}",
                 "section 4.5",
                 f"UBN removes the explosion of {what} at initialisation",
-                f"growth at most {NO_MORE:g} times that of ResNet-110, where that of naive sharing is at least "
-                f"{EXPLODES:g} times",
+                known,
                 partial(initial_calm, runs=ubn, naive=naive, unshared=deep, what=what),
-                (ubn, naive, deep),
-                CALIBRATED,
+                jobs=runs_in(ubn, naive, deep),
+                limits=CALIBRATED,
             )
             for what in ("activations", "gradients")
         ),
-        (
+        claim(
             "ubn-repair",
             OURS,
             "UBN needs no re-estimation",
             "test error changes by at most a point",
             partial(needs_no_repair, runs=ubn),
-            (ubn,),
-            "",
+            jobs=runs_in(ubn),
         ),
+    ]
+
+
+def _order(scale: str) -> list[Claim]:
+    """Which network of Table 1 is better than which."""
+    ubn, small = of(scale, "ubn"), of(scale, "38")
+    far, near = of(scale, "ubn", data="cifar100"), of(scale, "38", data="cifar100")
+    deepest = of(scale, "ubn182", data="cifar100")
+    low, high = GAIN
+    return [
         *(
-            (
+            claim(
                 f"order-{label}",
                 "table 1",
                 f"CIFAR-10: {NAMES[after]} is better than {NAMES[before]}",
                 "test error lower",
                 partial(better, after=of(scale, after), before=of(scale, before)),
-                (of(scale, after), of(scale, before)),
-                "",
+                jobs=runs_in(of(scale, after), of(scale, before)),
             )
             for label, after, before in (("ubn-38", "ubn", "38"), ("56-ubn", "56", "ubn"), ("110-56", "110", "56"))
-        ),
-        *(
-            (
-                f"ablation-{name}",
-                "figure 9",
-                f"{SHARED[name][0]} instead of all of UBN: more test errors",
-                "difference above 0",
-                partial(worse, after=runs, before=ubn),
-                (runs, ubn),
-                "",
-            )
-            for name, runs in without.items()
-        ),
-        *(
-            (
-                f"ablation-{name}-norm",
-                "figure 9, right",
-                f"{SHARED[name][0]} instead of all of UBN: the state grows more at initialisation",
-                "ratio of growths above 1",
-                partial(grows_more, after=runs, before=ubn),
-                (runs, ubn),
-                CALIBRATED + f" {EQUAL}" * (name == "affine"),
-            )
-            for name, runs in without.items()
-        ),
-        (
-            "ablation-most",
-            "figure 9",
-            "Unshared statistics are the most important part of UBN",
-            "more test errors without them than without each of the others",
-            partial(most_needed, without=statistics, others=others),
-            (statistics, *others),
-            "",
-        ),
-    )
-    far = of(scale, "ubn", data="cifar100"), of(scale, "38", data="cifar100")
-    deepest = of(scale, "ubn182", data="cifar100"), far[1]
-    low, high = GAIN
-    return [
-        *(
-            claim(label, place, text, known, test, jobs=runs_in(*tables), limits=limits)
-            for label, place, text, known, test, tables, limits in rows
         ),
         claim(
             "order-cifar100",
             "table 1",
             "CIFAR-100: 110-UBN is worse than ResNet-38",
             "test error higher; 29.94 and 29.66 %",
-            partial(worse, after=far[0], before=far[1]),
-            jobs=runs_in(*far),
+            partial(worse, after=far, before=near),
+            jobs=runs_in(far, near),
         ),
         claim(
             "order-cifar100-182",
             "table 1",
             "CIFAR-100: 182-UBN is better than ResNet-38",
             "test error lower; 29.33 and 29.66 %",
-            partial(better, after=deepest[0], before=deepest[1]),
-            jobs=runs_in(*deepest) if all(deepest) else (),
+            partial(better, after=deepest, before=near),
+            jobs=runs_in(deepest, near) if deepest and near else (),
         ),
         claim(
             "gain",
             "table 1 and section 4.5",
             "CIFAR-10: 110-UBN gains about 0.3 points on ResNet-38",
             f"{low:g} to {high:g} points; 6.99 less 6.62 %",
-            partial(gains, after=ubn, before=of(scale, "38")),
-            jobs=runs_in(ubn, of(scale, "38")) if SCALES[scale].table else (),
+            partial(gains, after=ubn, before=small),
+            jobs=runs_in(ubn, small) if SCALES[scale].table else (),
             unless=NEEDS_TABLE,
+        ),
+    ]
+
+
+def _ablation(scale: str) -> list[Claim]:
+    """UBN without one of its parts."""
+    ubn, without = of(scale, "ubn"), {name: of(scale, name) for name in ABLATED}
+    statistics, others = without["statistics"], [without["gamma"], without["affine"]]
+    built_in = {"affine": EQUAL, "gamma": SHORTER}  # what holds at the start whatever networks do
+    return [
+        *(
+            claim(
+                f"ablation-{name}",
+                "figure 9",
+                f"{SHARED[name][0]} instead of all of UBN: more test errors",
+                "difference above 0",
+                partial(worse, after=runs, before=ubn),
+                jobs=runs_in(runs, ubn),
+            )
+            for name, runs in without.items()
+        ),
+        *(
+            claim(
+                f"ablation-{name}-norm",
+                "figure 9, right",
+                f"{SHARED[name][0]} instead of all of UBN: the state grows more at initialisation",
+                "ratio of growths above 1",
+                partial(grows_more, after=runs, before=ubn),
+                jobs=runs_in(runs, ubn),
+                limits=f"{CALIBRATED} {built_in.get(name, '')}".rstrip(),
+            )
+            for name, runs in without.items()
+        ),
+        claim(
+            "ablation-most",
+            "figure 9",
+            "Unshared statistics are the most important part of UBN",
+            "more test errors without them than without each of the others",
+            partial(most_needed, without=statistics, others=others),
+            jobs=runs_in(statistics, *others),
         ),
     ]
 

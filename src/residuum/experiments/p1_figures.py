@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from residuum.claims import Figure, Results
-from residuum.drawing import COLOURS, MARKERS, line, panels, shade
+from residuum.claims import Drawn, Figure, Results
+from residuum.drawing import COLOURS, MARKERS, line, panels, plain_ticks, shade, whole_axis
 from residuum.experiments.p1_runs import (
     ABLATED,
     GRID,
@@ -26,9 +26,8 @@ from residuum.experiments.p1_runs import (
     shuffled_of,
     unrolled,
 )
-from residuum.experiments.p1_shared import ablation, changes, naive, shared, whole_axis
-from residuum.experiments.p2_figures import plain_ticks
-from residuum.experiments.seeds import Seeds, along, done, runs_in, spread
+from residuum.experiments.p1_shared import ablation, changes, naive, shared
+from residuum.experiments.seeds import Seeds, along, complete, complete_by_data, runs_in, spread
 from residuum.probes import groups
 from residuum.profiles import Profile
 from residuum.runs import Finished, Run
@@ -36,7 +35,6 @@ from residuum.runs import Finished, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Drawn = "matplotlib.figure.Figure | None"
 PROJECTIONS = "Blocks that change the shape are left out."
 GROUPS = ("borderline", "correct", "all")
 ANSWERS = ("accuracy", "loss", "entropy")
@@ -139,8 +137,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
 
 def _firsts(results: Results, kinds: Mapping[str, Seeds]) -> dict[str, Finished]:
     """The first complete run of each network that has one."""
-    found = {name: list(done(results, runs).values()) for name, runs in kinds.items()}
-    return {name: results[runs[0].key] for name, runs in found.items() if runs}
+    return {name: results[next(iter(runs.values())).key] for name, runs in complete(results, kinds).items()}
 
 
 def _grid(title: str, kinds: Mapping[str, Finished]) -> tuple[object, list["Axes"]]:
@@ -307,9 +304,7 @@ def _unrolling(results: Results, *, runs: Seeds) -> Drawn:
 
 
 def _table(results: Results, *, tables: Mapping[str, Mapping[str, Seeds]]) -> Drawn:
-    rows = {data: {name: done(results, runs) for name, runs in row.items()} for data, row in tables.items()}
-    rows = {data: {name: runs for name, runs in row.items() if runs} for data, row in rows.items()}
-    rows = {data: row for data, row in rows.items() if row}
+    rows = complete_by_data(results, tables)
     if not rows:
         return None
     figure, axes = panels("", 1, len(rows), width=6.4, height=4.4)

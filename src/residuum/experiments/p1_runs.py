@@ -7,7 +7,7 @@ from functools import cache
 from torch import Tensor
 
 from residuum.claims import Results
-from residuum.experiments.seeds import Seeds, along
+from residuum.experiments.seeds import Seeds, along, last
 from residuum.layers.sharing import NAIVE, UBN, Sharing
 from residuum.models import ResNetConfig, avgpool, resnet, scaled, single, wide
 from residuum.probes import SCALES as GRID
@@ -303,16 +303,19 @@ def chosen_scale(run: Finished) -> float:
     return min(GRID, key=losses.__getitem__)
 
 
-def errors(results: Results, runs: Seeds, *, split: str = "test") -> dict[int, float]:
-    """Share of images that are wrong after training, in evaluation mode: of test or measured training images."""
+def errors(results: Results, runs: Seeds, *, split: str = "test", recalibrated: bool = False) -> dict[int, float]:
+    """Share of images that are wrong after training, in evaluation mode: of test or measured training images.
+
+    Args:
+        results: Finished runs by key.
+        runs: By seed.
+        split: "test" or "train".
+        recalibrated: With statistics of batch norm re-estimated for every application, of test images only.
+    """
     if split == "test":
-        return {seed: 1 - results[run.key].history[-1]["test_accuracy"] for seed, run in runs.items()}
+        name = "recalibrated_test_accuracy" if recalibrated else "test_accuracy"
+        return {seed: 1 - right for seed, right in last(results, runs, name).items()}
     return {seed: 1 - along(results[run.key].profile("train"), "accuracy")[-1] for seed, run in runs.items()}
-
-
-def again(results: Results, runs: Seeds) -> dict[int, float]:
-    """Test error with batch-norm statistics re-estimated for every application, after training."""
-    return {seed: 1 - results[run.key].history[-1]["recalibrated_test_accuracy"] for seed, run in runs.items()}
 
 
 def growths(profile: Profile) -> list[float]:

@@ -6,25 +6,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from residuum.claims import Results
-from residuum.drawing import line, panels
+from residuum.claims import Drawn, Results
+from residuum.drawing import line, panels, plain_ticks, whole_axis
 from residuum.experiments.p1_runs import NAMES, errors, growths, last_of
-from residuum.experiments.p2_figures import plain_ticks
-from residuum.experiments.seeds import Seeds, along, done
+from residuum.experiments.seeds import Seeds, along, complete, done
 from residuum.profiles import Profile
 from residuum.runs import Finished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Drawn = "matplotlib.figure.Figure | None"
 BLOCK = "block (lines: changes of shape)"
 
 
-def complete(results: Results, tables: Mapping[str, Seeds]) -> dict[str, list[Finished]]:
-    """The complete runs of each network that has some."""
-    found = {name: [results[run.key] for run in done(results, runs).values()] for name, runs in tables.items()}
-    return {name: runs for name, runs in found.items() if runs}
+def _finished(results: Results, tables: Mapping[str, Seeds]) -> dict[str, list[Finished]]:
+    return {name: [results[run.key] for run in runs.values()] for name, runs in complete(results, tables).items()}
 
 
 def changes(ax: "Axes", profile: Profile) -> None:
@@ -33,14 +29,6 @@ def changes(ax: "Axes", profile: Profile) -> None:
     for end in ends:
         ax.axvline(end + 0.5, color="0.6", linewidth=1)
     ax.set_xlabel(BLOCK)
-
-
-def whole_axis(ax: "Axes", words: str = "epoch") -> None:
-    """A horizontal axis of whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.set_xlabel(words)
 
 
 def _mean(runs: Sequence[Finished], of_run: Callable[[Finished], Sequence[float | None]]) -> list[float]:
@@ -69,7 +57,7 @@ def naive(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
 
     Source: P1 (Jastrzebski et al. 2018), figure 8.
     """
-    having = complete(results, tables)
+    having = _finished(results, tables)
     if not having:
         return None
     figure, (curves, ratios, norms, gradients) = panels("", 2, 2, width=6.0, height=3.8)
@@ -110,7 +98,7 @@ def ablation(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
 
     Source: P1 (Jastrzebski et al. 2018), figure 9.
     """
-    having = complete(results, tables)
+    having = _finished(results, tables)
     if not having:
         return None
     figure, (curves, norms) = panels("", 1, 2, width=6.0, height=4.2)
@@ -132,7 +120,7 @@ def shared(results: Results, *, tables: Mapping[str, Seeds]) -> Drawn:
 
     Source: P1 (Jastrzebski et al. 2018), appendix.
     """
-    having = complete(results, {name: runs for name, runs in tables.items() if name != "38"})
+    having = _finished(results, {name: runs for name, runs in tables.items() if name != "38"})
     if not having:
         return None
     figure, axes = panels("", 1, 3, width=5.2, height=4.2)

@@ -14,7 +14,6 @@ from residuum.effects import Effect, mean_over, over_examples, paired
 from residuum.experiments.p1_runs import (
     GRID,
     LAST,
-    again,
     chosen_scale,
     columns,
     errors,
@@ -22,7 +21,7 @@ from residuum.experiments.p1_runs import (
     last_of,
     unrolled,
 )
-from residuum.experiments.seeds import Seeds, along
+from residuum.experiments.seeds import Seeds, along, last
 from residuum.models import ResNet, ResNetConfig, count_parameters
 from residuum.probes import groups
 from residuum.profiles import Profile
@@ -335,13 +334,9 @@ def most_needed(results: Results, *, without: Seeds, others: Sequence[Seeds]) ->
     return every(worse(results, after=without, before=other) for other in others)
 
 
-def _last_row(results: Results, runs: Seeds, name: str) -> dict[int, float]:
-    return {seed: results[run.key].history[-1][name] for seed, run in runs.items()}
-
-
 def fits_worse(results: Results, *, after: Seeds, before: Seeds) -> Obtained:
     """Training loss in training mode, mean over the last epoch, of the first more than of the second."""
-    return above(paired(_last_row(results, after, "train_loss"), _last_row(results, before, "train_loss")), 0.0)
+    return above(paired(last(results, after, "train_loss"), last(results, before, "train_loss")), 0.0)
 
 
 def wider_gap(results: Results, *, after: Seeds, before: Seeds, recalibrated: bool) -> Obtained:
@@ -349,14 +344,14 @@ def wider_gap(results: Results, *, after: Seeds, before: Seeds, recalibrated: bo
     name = "recalibrated_test_loss" if recalibrated else "test_loss"
     gaps = []
     for runs in (after, before):
-        tests, trains = (_last_row(results, runs, n) for n in (name, "train_loss"))
+        tests, trains = (last(results, runs, n) for n in (name, "train_loss"))
         gaps.append({seed: tests[seed] - trains[seed] for seed in runs})
     return above(paired(*gaps), 0.0)
 
 
 def recovers(results: Results, *, runs: Seeds, unshared: Seeds) -> Obtained:
     """Part of the test accuracy that sharing has cost which re-estimated statistics win back, mean over seeds."""
-    wrong, right, best = errors(results, runs), again(results, runs), errors(results, unshared)
+    wrong, right, best = errors(results, runs), errors(results, runs, recalibrated=True), errors(results, unshared)
     common = [seed for seed in runs if seed in best]
     if any(wrong[seed] <= best[seed] for seed in common):
         raise ValueError("for some seed sharing has cost nothing")
@@ -366,7 +361,7 @@ def recovers(results: Results, *, runs: Seeds, unshared: Seeds) -> Obtained:
 
 def needs_no_repair(results: Results, *, runs: Seeds) -> Obtained:
     """What re-estimated statistics change in the test error."""
-    return between(paired(again(results, runs), errors(results, runs)), -SAME, SAME)
+    return between(paired(errors(results, runs, recalibrated=True), errors(results, runs)), -SAME, SAME)
 
 
 def _beside_unshared(results: Results, runs: Seeds, unshared: Seeds, of: Callable[[Finished], float]) -> Effect:
@@ -395,7 +390,7 @@ def initial_calm(results: Results, *, runs: Seeds, naive: Seeds, unshared: Seeds
     """The same; no more than in the unshared network, where naive sharing explodes: else nothing is removed."""
     explosion = initial_explodes(results, runs=naive, unshared=unshared, what=what)
     if explosion.verdict != "pass":
-        raise ValueError(f"naive sharing, which is to be remedied, does not explode: {explosion.value}")
+        raise ValueError(f"naive sharing, which is to be remedied, is not shown to explode: {explosion.value}")
     found = at_most(_beside_unshared(results, runs, unshared, INITIAL[what]), NO_MORE)
     return replace(found, value=f"{found.value}; naive {explosion.value}")
 

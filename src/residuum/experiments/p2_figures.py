@@ -5,8 +5,8 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from residuum.claims import Figure, Results
-from residuum.drawing import COLOURS, depth_axis, line, panels, shade
+from residuum.claims import Drawn, Figure, Results
+from residuum.drawing import COLOURS, depth_axis, line, panels, plain_ticks, shade
 from residuum.experiments.p2_runs import (
     CROSSING,
     EPS,
@@ -18,19 +18,19 @@ from residuum.experiments.p2_runs import (
     crossing,
     curve,
     mean_curve,
-    runs_in,
+    runs_of,
     sweep_of,
     test_errors,
 )
-from residuum.experiments.seeds import along, done, spread
+from residuum.experiments.seeds import along, complete, complete_by_data, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Drawn = "matplotlib.figure.Figure | None"
 NAMES = ("section 1", "section 2", "section 3")
 DEPTH = "blocks per section, L"
-# figure, index, vertical axis, words for its title, whether sections and whole are added up in the paper
+BESIDE = ((4, 3), (4, -11), (-14, 3))  # where the number of a section stands, so that near points keep theirs apart
+# name, number in the paper, index, vertical axis, words for the title
 CURVES = (
     ("p2-3", "3", "computational_distance", "computational distance d", "distance"),
     ("p2-4", "4", "mean_perturbation", "mean perturbation d / L", "mean perturbation"),
@@ -42,11 +42,11 @@ CURVES = (
 def figures(scale: str) -> tuple[Figure, ...]:
     """The figures of the study, in the paper's order."""
     sweeps = {data: sweep_of(scale, data) for data in SETS}
-    jobs = tuple(run for sweep in sweeps.values() for run in runs_in(sweep))
+    jobs = tuple(run for sweep in sweeps.values() for run in runs_of(sweep))
     ablations = {data: ablation_of(scale, data) for data in SETS}
-    ablated = tuple(run for cells in ablations.values() for sweep in cells.values() for run in runs_in(sweep))
+    ablated = tuple(run for cells in ablations.values() for sweep in cells.values() for run in runs_of(sweep))
     bars = "Mean over seeds; bars: their standard deviation, where there are several."
-    made = [
+    printed = [
         Figure("p2-1", "P2, figure 1", f"Test error against L. {bars}", jobs, partial(_errors, sweeps=sweeps)),
         *(
             Figure(
@@ -72,6 +72,8 @@ def figures(scale: str) -> tuple[Figure, ...]:
             )
             for name, number, index, label, words in CURVES
         ),
+    ]
+    ours = [
         Figure(
             "p2-partition",
             "P2, eq. 11, normalised; ours",
@@ -84,7 +86,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
             "p2-crossing",
             "P2, section 3.5.1, numbers recomputed",
             f"Depth at which the mean scaled perturbation reaches {EPS:g}, against the stopping rule's prediction from "
-            "the deepest networks; on the line they agree. Stars: the paper. Arrows: not reached by the deepest.",
+            "the deepest networks; on the line they agree. Stars: the paper. Arrows: not reached in some seed.",
             jobs,
             partial(_rule, sweeps=sweeps),
         ),
@@ -96,17 +98,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
             partial(_ablation, ablations=ablations),
         ),
     ]
-    order = ["p2-1", "p2-2", "p2-3", "p2-4", "p2-5", "p2-6", "p2-7", "p2-partition", "p2-crossing", "p2-ablation"]
-    return tuple(sorted(made, key=lambda figure: order.index(figure.id)))
-
-
-def _having(results: Results, sweeps: Mapping[str, Sweep]) -> dict[str, Sweep]:
-    """The data sets and seeds of which some run is complete."""
-    found = {
-        data: {seed: there for seed, runs in sweep.items() if (there := done(results, runs))}
-        for data, sweep in sweeps.items()
-    }
-    return {data: sweep for data, sweep in found.items() if sweep}
+    return (*sorted(printed, key=lambda figure: figure.id), *ours)
 
 
 def _draw(axes: "Axes", curves: list[Curve], label: str, number: int, *, fresh: bool = False) -> None:
@@ -117,7 +109,7 @@ def _draw(axes: "Axes", curves: list[Curve], label: str, number: int, *, fresh: 
 
 
 def _errors(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
-    having = _having(results, sweeps)
+    having = complete_by_data(results, sweeps)
     if not having:
         return None
     said, ends = [], {}
@@ -139,7 +131,7 @@ def _surfaces(results: Results, *, sweeps: Mapping[str, Sweep], quantity: str, l
     """The paper's 3-D figures: one line per network, panels of sections."""
     from matplotlib.figure import Figure as Canvas
 
-    having = _having(results, sweeps)
+    having = complete_by_data(results, sweeps)
     if not having:
         return None
     figure = Canvas(figsize=(13.5, 4.4 * len(having) + 0.6), layout="constrained")
@@ -168,7 +160,7 @@ def _surfaces(results: Results, *, sweeps: Mapping[str, Sweep], quantity: str, l
 
 def _curves(results: Results, *, sweeps: Mapping[str, Sweep], index: str, label: str, words: str) -> Drawn:
     """Per section and of the whole network, trained beside untrained."""
-    having = _having(results, sweeps)
+    having = complete_by_data(results, sweeps)
     if not having:
         return None
     said = [_ends(results, sweep, index, SETS[data]) for data, sweep in having.items()]
@@ -195,15 +187,6 @@ def _curves(results: Results, *, sweeps: Mapping[str, Sweep], index: str, label:
     return figure
 
 
-def plain_ticks(axes: "Axes") -> None:
-    """Numbers such as 0.2 instead of powers of ten on a logarithmic vertical axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _ends(results: Results, sweep: Sweep, index: str, name: str) -> str:
     """By how much the whole network's index changes from the shallowest to the deepest network, trained and not."""
     by = []
@@ -215,7 +198,7 @@ def _ends(results: Results, sweep: Sweep, index: str, name: str) -> str:
 
 
 def _partitions(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
-    having = _having(results, sweeps)
+    having = complete_by_data(results, sweeps)
     if not having:
         return None
     halves = []
@@ -246,35 +229,40 @@ def _partitions(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
 
 def _rule(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
     """Observed crossing against the prediction from the deepest network, with the paper's points."""
-    having = _having(results, sweeps)
+    having = complete_by_data(results, sweeps)
     if not having:
         return None
     figure, (ax,) = panels("", 1, 1, width=6.4, height=5.2)
     reached = total = 0
     for number, (data, sweep) in enumerate(having.items()):
         for section in range(3):
-            mean = mean_curve([curve(results, r, "mean_scaled_perturbation", section) for r in sweep.values()])
+            curves = [curve(results, runs, "mean_scaled_perturbation", section) for runs in sweep.values()]
+            mean = mean_curve(curves)
             deepest = max(mean)
             predicted, observed = mean[deepest] * deepest / EPS, min(crossing(mean), deepest)
-            there = crossing(mean) <= deepest
+            there = all(crossing(found) <= deepest for found in curves)
             reached, total = reached + there, total + 1
             label = f"{SETS[data]}, L up to {deepest}" if section == 0 else "_"
             line(ax, [predicted], [observed], label=label, number=number)
             note = f" {section + 1}" if there else f" {section + 1} \u2191"
-            ax.annotate(note, (predicted, observed), xytext=(4, 3), textcoords="offset points")
+            ax.annotate(note, (predicted, observed), xytext=BESIDE[section], textcoords="offset points")
+            ax.annotate(str(section + 1), (PREDICTED[data][section], CROSSING[data][section]), xytext=(5, -3),
+                        textcoords="offset points")  # fmt: skip
         ours = {"marker": "*", "linestyle": "none", "markersize": 10, "color": COLOURS[number]}
-        ax.plot(PREDICTED[data][:3], CROSSING[data][:3], label=f"{SETS[data]}, the paper", **ours)
+        ax.plot(PREDICTED[data][:3], CROSSING[data][:3], label=f"{SETS[data]}, the paper (recomputed)", **ours)
     high = 1.1 * max(*ax.get_xlim(), *ax.get_ylim())
     ax.plot([0, high], [0, high], color="0.6", linewidth=1, label="equal")
     ax.set(xlim=(0, high), ylim=(0, high), xlabel="predicted L = d_scaled / 0.1", ylabel="observed L (number: section)")
     ax.legend()
-    figure.suptitle(f"The mean step of {EPS:g} is reached within the depths here in {reached} of {total} sections")
+    figure.suptitle(
+        f"Every seed reaches a mean step of {EPS:g} within the depths here in {reached} of {total} sections"
+    )
     return figure
 
 
 def _ablation(results: Results, *, ablations: Mapping[str, Mapping[tuple[bool, bool], Sweep]]) -> Drawn:
     having = {
-        data: cells for data, cells in ablations.items() if any(_having(results, {"": s}) for s in cells.values())
+        data: cells for data, cells in ablations.items() if any(complete(results, sweep) for sweep in cells.values())
     }
     if not having:
         return None

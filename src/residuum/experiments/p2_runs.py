@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from residuum.claims import Results
 from residuum.effects import Effect, over_examples
+from residuum.experiments.seeds import done, last
 from residuum.models import ResNetConfig
 from residuum.runs import DataConfig, Run
 from residuum.training import TrainConfig
@@ -195,7 +196,7 @@ def ablation_of(scale: str, data: str) -> dict[tuple[bool, bool], Sweep]:
     }
 
 
-def runs_in(sweep: Sweep, depths: Iterable[int] | None = None) -> tuple[Run, ...]:
+def runs_of(sweep: Sweep, depths: Iterable[int] | None = None) -> tuple[Run, ...]:
     """The runs of a sweep, those of some depths only."""
     wanted = None if depths is None else set(depths)
     return tuple(run for runs in sweep.values() for depth, run in runs.items() if wanted is None or depth in wanted)
@@ -223,7 +224,7 @@ def curve(
 
 def test_errors(results: Results, runs: Mapping[int, Run]) -> Curve:
     """Test error at the end of training, in [0, 1], against depth."""
-    return {d: 1 - results[run.key].history[-1]["test_accuracy"] for d, run in runs.items() if run.key in results}
+    return {depth: 1 - right for depth, right in last(results, done(results, runs), "test_accuracy").items()}
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

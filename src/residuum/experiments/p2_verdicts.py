@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 
-from residuum.claims import Obtained, Results, above, at_most, below, between, equals, every
+from residuum.claims import Obtained, Results, above, at_least, at_most, below, between, equals, every
 from residuum.effects import Effect, mean_over, paired, share, slope
 from residuum.experiments.p2_runs import (
     CROSSING,
@@ -112,13 +112,17 @@ def sloped(
     high: int,
     bounds: tuple[float, float],
 ) -> Obtained:
-    """A slope in its bounds: over seeds, or for one seed by the regression.
+    """A slope in its bounds, one of which may be infinite: over seeds, or for one seed by the regression.
 
     Depths that do not reach the middle of the range, by their logarithms, do not show that it has another slope.
     """
     found = _slope(results, sweep=sweep, index=index, section=section, low=low, high=high)
     effects = list(found.values())
-    judged = between(effects[0] if len(effects) == 1 else mean_over([effect.value for effect in effects]), *bounds)
+    effect = effects[0] if len(effects) == 1 else mean_over([effect.value for effect in effects])
+    least, most = bounds
+    judged = (
+        at_most(effect, most) if least == -inf else at_least(effect, least) if most == inf else between(effect, *bounds)
+    )
     deepest = max(depth for runs in sweep.values() for depth in within(runs, low, high))
     if judged.verdict == "fail" and deepest <= sqrt(low * high):
         said = f"{judged.value}; no depth beyond {deepest}, of a range that ends at {high}"

@@ -1,20 +1,16 @@
 """P3's figures of its extended version: equations, penalties, moved spirals, digits under noise."""
 
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from residuum.claims import Results
-from residuum.drawing import line
-from residuum.experiments.p3_panels import COLOURS, FALLBACK, Drawn, Folders, blank, label, line_of, one, titled, values
+from residuum.claims import Drawn, Results
+from residuum.drawing import COLOURS, line, panels
+from residuum.experiments.p3_panels import Folders, colour_of, label, one, titled, values
 from residuum.experiments.p3_runs import BOUNDS, NETWORKS, Scale
 from residuum.stability import amplification
 from residuum.toys.problems import STIFF, orbit
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 def penalties(folders: Folders) -> Drawn:
@@ -24,7 +20,7 @@ def penalties(folders: Folders) -> Drawn:
 
     Source: P3 (Reshniak & Webster), extended version, the logs of its regression.
     """
-    figure, (row,) = blank(1, 2, 4.6)
+    figure, row = panels("", 1, 2, width=4.6, height=4.9)
     weights, lost = sorted({example.divergence for example in folders}), []
     for axes, (name, words) in zip(
         row, (("steps", "solver's steps per block"), ("train_loss", "training loss")), strict=True
@@ -33,7 +29,7 @@ def penalties(folders: Folders) -> Drawn:
             history = values(folder)["history"]
             rows = [(r["epoch"], [v for v in r[name] if v is not None]) for r in history]
             epochs, found = zip(*[(epoch, median(alive)) for epoch, alive in rows if alive], strict=True)
-            style = {"color": COLOURS.get(example.theta, FALLBACK)}
+            style = {"color": colour_of(example)}
             style["ls"] = ("-", "--", ":", "-.", (0, (1, 3)))[weights.index(example.divergence) % 5]
             axes.plot(epochs, found, label=f"theta = {example.theta:g}, penalty {example.divergence:g}", **style)
             if len(found) < len(rows):
@@ -54,7 +50,7 @@ def shifts(folders: Folders) -> Drawn:
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    figure, ((axes,),) = blank(1, 1, 4.4)
+    figure, (axes,) = panels("", 1, 1, width=7.5, height=4.7)
     said = []
     for number, (example, folder) in enumerate(folders.items()):
         found = values(folder)
@@ -65,7 +61,12 @@ def shifts(folders: Folders) -> Drawn:
         }
         name = next(name for name, bound in BOUNDS.items() if bound == example.bound)
         line(axes, list(rows), [np.mean(row) for row in rows.values()], label=name, number=number)
-        axes.fill_between(list(rows), *([pick(row) for row in rows.values()] for pick in (min, max)), alpha=0.12)
+        axes.fill_between(
+            list(rows),
+            *([pick(row) for row in rows.values()] for pick in (min, max)),
+            color=COLOURS[number],
+            alpha=0.12,
+        )
         said.append(f"{np.mean(rows[0.33]):.1%} {name}")
     axes.axvline(0.5, color="0.6", lw=1)
     axes.set(xlabel="shift along the radius, outwards and inwards (grey: middle between the arms)", ylabel="accuracy")
@@ -74,21 +75,21 @@ def shifts(folders: Folders) -> Drawn:
     return figure
 
 
-def phase_plane_of_prey(folders: Folders, *, member: int = 0) -> Drawn:
+def phase_plane_of_prey(folders: Folders) -> Drawn:
     """Orbits of prey and predators that the networks have not been trained on, beside the exact ones.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    figure, (row,) = blank(1, len(folders), 3.9)
+    figure, row = panels("", 1, len(folders), width=3.9, height=4.2)
     for axes, (example, folder) in zip(row, folders.items(), strict=True):
-        x = example.data().validation.x[member]
-        output = one(example, folder, member)(x).output
+        x = example.data().validation.x[0]
+        output = one(example, folder, 0)(x).output
         for number in range(0, len(x), 3):
             exact = orbit(x[number].numpy(), np.linspace(0, example.time, 400)[1:])
             axes.plot(*exact.T, color="0.75", lw=3, label=_once("exact", number))
             path = torch.cat([x[number : number + 1], output[number]])
-            axes.plot(*path.T, ".-", ms=3, lw=0.8, color=line_of(example)["color"], label=_once("network", number))
-        loss = values(folder)["history"][-1]["validation_loss"][member]
+            axes.plot(*path.T, ".-", ms=3, lw=0.8, color=colour_of(example), label=_once("network", number))
+        loss = values(folder)["history"][-1]["validation_loss"][0]
         axes.set(xlabel="prey", ylabel="predators", title=f"{label(example)}\n{_error(loss)}")
         axes.title.set_fontsize(9)
         axes.legend(fontsize=8)
@@ -96,21 +97,21 @@ def phase_plane_of_prey(folders: Folders, *, member: int = 0) -> Drawn:
     return figure
 
 
-def stiffness(folders: Folders, *, member: int = 0) -> Drawn:
+def stiffness(folders: Folders) -> Drawn:
     """The stiff equation: a solution that was not trained on, and the networks' after every step.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
-    figure, (row,) = blank(1, len(folders), 3.9)
+    figure, row = panels("", 1, len(folders), width=3.9, height=4.2)
     for axes, (example, folder) in zip(row, folders.items(), strict=True):
-        x, y = (part[member] for part in example.data().validation)
-        times, output = np.linspace(0, example.time, example.depth + 1), one(example, folder, member)(x).output[..., 0]
+        x, y = (part[0] for part in example.data().validation)
+        times, output = np.linspace(0, example.time, example.depth + 1), one(example, folder, 0)(x).output[..., 0]
         for number in range(0, len(x), 3):
             start = x[number, :1]
             axes.plot(times, torch.cat([start, y[number, :, 0]]), color="0.75", lw=3, label=_once("exact", number))
             path = torch.cat([start, output[number]])
-            axes.plot(times, path, ".-", color=line_of(example)["color"], label=_once("network", number))
-        loss = values(folder)["history"][-1]["validation_loss"][member]
+            axes.plot(times, path, ".-", color=colour_of(example), label=_once("network", number))
+        loss = values(folder)["history"][-1]["validation_loss"][0]
         shrink = abs(amplification(np.array([STIFF * example.step.dt]), theta=example.theta)[0])
         axes.set(xlabel="t", ylabel="y", title=f"{label(example)}, |R| = {shrink:.2f}\n{_error(loss)}")
         axes.title.set_fontsize(9)
@@ -130,7 +131,7 @@ def _once(words: str, number: int) -> str:
     return "" if number else words
 
 
-def noise(results: Results, *, to: Scale) -> "matplotlib.figure.Figure | None":
+def noise(results: Results, *, to: Scale) -> Drawn:
     """A line per network, of the seeds that all have in common; shaded: the range over all seeds of a network.
 
     On the images that it was trained on (as the paper has it) and on others.
@@ -143,12 +144,12 @@ def noise(results: Results, *, to: Scale) -> "matplotlib.figure.Figure | None":
     common = sorted(set.intersection(*(set(runs) for runs in there.values()))) if there else []
     if not common:
         return None
-    figure, (row,) = blank(1, 2, 4.4)
+    figure, row = panels("", 1, 2, width=4.5, height=4.7)
     for axes, (images, words) in zip(row, (("train", "training"), ("test", "test")), strict=True):
         for name, runs in there.items():
             means = {seed: [np.mean(draws) for draws in run[images].values()] for seed, run in runs.items()}
             sds = [float(sd) for sd in runs[common[0]][images]]
-            color = {"plain": "black", "1Lip": "0.55"}.get(name) or f"C{list(NETWORKS).index(name) - 2}"
+            color = {"plain": "black", "1Lip": "0.55"}.get(name) or COLOURS[list(NETWORKS).index(name) - 2]
             style = {"color": color, "ls": "-" if "=" in name else "--"}
             axes.plot(sds, np.mean([means[seed] for seed in common], 0), marker="o", ms=3, label=name, **style)
             everything = np.array(list(means.values()))

@@ -7,18 +7,16 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from textwrap import fill
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from residuum.claims import Figure, Results
-from residuum.drawing import line, panels
+from residuum.claims import Drawn, Figure, Results
+from residuum.drawing import COLOURS, line, panels
 from residuum.experiments.p3_extended import noise, penalties, phase_plane_of_prey, shifts, stiffness
 from residuum.experiments.p3_panels import (
-    Drawn,
     Folders,
-    blank,
+    colour_of,
     failed_of,
     final,
     label,
@@ -46,9 +44,6 @@ from residuum.solve import Anderson, GradientDescent, NewtonKrylov, Picard, Solv
 from residuum.stability import phase_plane
 from residuum.toys.examples import Example
 from residuum.toys.problems import damped_sine
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 
 def figures(scale: str) -> tuple[Figure, ...]:
@@ -109,7 +104,7 @@ def _figure(
 ) -> Figure:
     """A figure of those examples that are complete, and have a member that did not fail unless it shows failures."""
 
-    def drawn(results: Results) -> "matplotlib.figure.Figure | None":
+    def drawn(results: Results) -> Drawn:
         there = {job: results[job.key].folder for job in jobs if job.key in results}
         alive = {job: folder for job, folder in there.items() if failures or None in values(folder)["failed"]}
         return draw(alive) if alive else None
@@ -130,7 +125,7 @@ def _there(results: Results, grid: Grid) -> bool:
     return all(job.key in results for theta in (0.0, 0.5) for job in grid.jobs(theta))
 
 
-def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None":
+def _rates(results: Results, *, grid: Grid) -> Drawn:
     """One panel per depth; failed members count as above all others."""
     if not _there(results, grid):
         return None
@@ -154,7 +149,7 @@ def _rates(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None"
     return figure
 
 
-def _depths(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None":
+def _depths(results: Results, *, grid: Grid) -> Drawn:
     if not _there(results, grid):
         return None
     figure, (ax,) = panels("", 1, 1, width=7.4, height=4.4)
@@ -166,7 +161,7 @@ def _depths(results: Results, *, grid: Grid) -> "matplotlib.figure.Figure | None
             line(ax, [d for d, _ in known], [median(r) for _, r in known], label=f"theta = {theta:g}", number=number)
         for d, row in known:
             ends = [min(row), max(v for v in row if math.isfinite(v))]
-            ax.plot([d, d], ends, color=f"C{number}", linewidth=0.8, alpha=0.6)
+            ax.plot([d, d], ends, color=COLOURS[number], linewidth=0.8, alpha=0.6)
         needed = median(depth_needed(results, grid, theta).values())
         words = f"more than {grid.depths[-1]}" if needed > grid.depths[-1] else f"{needed:g}"
         said.append(f"{words} blocks at theta = {theta:g}")
@@ -188,7 +183,7 @@ def convergence(folders: Folders) -> Drawn:
     """
     spirals = next(iter(folders)).problem == "spirals"
     depths = {example.depth for example in folders}
-    figure, (row,) = blank(1, 2, 4.6)
+    figure, row = panels("", 1, 2, width=4.6, height=4.9)
     other = ("validation_accuracy", "validation accuracy") if spirals else ("train_loss", "training loss")
     for axes, (name, words) in zip(row, [("validation_loss", "validation loss"), other], strict=True):
         for example, folder in folders.items():
@@ -199,7 +194,7 @@ def convergence(folders: Folders) -> Drawn:
             look = line_of(example) | ({"ls": ":"} if deeper else {})
             name_of = label(example) + f", {example.depth} blocks" * deeper + failed_of(history)
             axes.plot(epochs, [median(v) for v in found], label=name_of, **look)
-            axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, **look)
+            axes.fill_between(epochs, [min(v) for v in found], [max(v) for v in found], alpha=0.12, color=look["color"])
         axes.set(xlabel="epoch", ylabel=words)
         if name != "validation_accuracy":
             axes.set_yscale("log")
@@ -217,30 +212,29 @@ def convergence(folders: Folders) -> Drawn:
     return figure
 
 
-def regions(folders: Folders, *, member: int = 0) -> Drawn:
-    """Where the networks of one member answer 0 and 1, on [-1.5, 1.5]^2, with the two spirals.
+def regions(folders: Folders) -> Drawn:
+    """Where the networks of the first member answer 0 and 1, on [-1.5, 1.5]^2, with the two spirals.
 
     Source: P3 (Reshniak & Webster), figure 6.
     """
     columns = 2 if len(folders) in (2, 4) else min(3, len(folders))
-    figure, rows = blank(-(-len(folders) // columns), columns, 3.6)
-    every = [axes for row in rows for axes in row]
+    figure, every = panels("", -(-len(folders) // columns), columns, width=3.7, height=3.7)
     side = np.linspace(-1.5, 1.5, 150)
     grid = torch.tensor(np.stack(np.meshgrid(side, side), 2).reshape(-1, 2))
     for axes, (example, folder) in zip(every, folders.items(), strict=False):
-        accuracy = values(folder)["history"][-1]["validation_accuracy"][member]
+        accuracy = values(folder)["history"][-1]["validation_accuracy"][0]
         if accuracy is not None:  # a network that failed has no answers
-            output = one(example, folder, member)(grid).output.view(len(side), len(side))
+            output = one(example, folder, 0)(grid).output.view(len(side), len(side))
             axes.contourf(side, side, (output > 0).double(), levels=[-1, 0.5, 2], colors=["#9ecae1", "#fdae6b"])
-        x, y = (part[member] for part in example.data().validation)
-        for kind, colour in ((0, "C0"), (1, "C1")):
-            axes.plot(*x[y[:, 0] == kind].T, ".", ms=2, color=colour)
+        x, y = (part[0] for part in example.data().validation)
+        for kind in (0, 1):
+            axes.plot(*x[y[:, 0] == kind].T, ".", ms=2, color=COLOURS[kind])
         said = "failed" if accuracy is None else f"{accuracy:.1%} right"
         axes.set(aspect="equal", xlabel="x1", ylabel="x2", title=f"{label(example)}\n{said}")
         axes.title.set_fontsize(9)
     for axes in every[len(folders) :]:
         axes.remove()
-    figure.suptitle(f"Answers of the network with seed {next(iter(folders)).members[member].seed}", fontsize=12)
+    figure.suptitle(f"Answers of the network with seed {next(iter(folders)).members[0].seed}", fontsize=12)
     return figure
 
 
@@ -249,7 +243,7 @@ def fits(folders: Folders) -> Drawn:
 
     Source: P3 (Reshniak & Webster), figures 3 and 4.
     """
-    figure, ((axes,),) = blank(1, 1, 4.4)
+    figure, (axes,) = panels("", 1, 1, width=7.5, height=4.7)
     x = np.linspace(-1, 1, 1000)
     axes.plot(x, damped_sine(x), color="0.6", lw=4, label="target")
     errors = []
@@ -271,7 +265,7 @@ def robustness(folders: Folders) -> Drawn:
 
     Source: P3 (Reshniak & Webster), the claim of robustness.
     """
-    figure, ((left, right),) = blank(1, 2, 4.4)
+    figure, (left, right) = panels("", 1, 2, width=4.5, height=4.7)
     lasts = []
     for place, (example, folder) in enumerate(folders.items()):
         found = values(folder)
@@ -280,10 +274,10 @@ def robustness(folders: Folders) -> Drawn:
         rows = np.array([measured["noise"][level] for level in levels])[:, fine]
         failed = failed_of(found["history"])
         sds = [float(level) for level in levels]
-        left.plot(sds, rows.mean(1), marker="o", label=label(example) + failed, **line_of(example))
-        left.fill_between(sds, rows.min(1), rows.max(1), alpha=0.12, **line_of(example))
+        left.plot(sds, rows.mean(1), label=label(example) + failed, **line_of(example) | {"markevery": 1})
+        left.fill_between(sds, rows.min(1), rows.max(1), alpha=0.12, color=colour_of(example))
         largest = [row[2] for row, ok in zip(measured["jacobian"], fine, strict=True) if ok]
-        right.plot([place] * len(largest), largest, "o", color=line_of(example)["color"])
+        right.plot([place] * len(largest), largest, "o", color=colour_of(example))
         lasts.append(f"{rows[-1].mean():.1%} at {short(example)}{failed}")
     right.set(yscale="log", ylabel="largest stretching of an input's change\n(95 % quantile over validation points)")
     right.set_xticks(range(len(folders)), [fill(label(e), 11) for e in folders])
@@ -310,11 +304,11 @@ def solvers(example: Example, folder: Path, *, block: int = 12, steps: int = 30)
         "Anderson": Anderson(1e-14, 1),
         "Newton-Krylov": NewtonKrylov(1e-14, 1),
     }
-    figure, ((axes,),) = blank(1, 1, 4.4)
-    for name, solver in kinds.items():
+    figure, (axes,) = panels("", 1, 1, width=7.5, height=4.7)
+    for number, (name, solver) in enumerate(kinds.items()):
         found = [_residual(replace(solver, max_steps=k), example.step, branch, known, h) for k in range(1, steps)]
         evaluations, residuals = zip(*found, strict=True)
-        axes.plot(evaluations, residuals, ".-", ms=4, label=name)
+        line(axes, evaluations, residuals, label=name, number=number)
     axes.set(
         yscale="log", xlim=(0, 60), ylim=(1e-15, 1), xlabel="evaluations of the branch and products with its Jacobian"
     )

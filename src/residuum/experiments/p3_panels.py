@@ -1,4 +1,4 @@
-"""What P3's figures share: empty panels, titles, the colour and the name of an example, and what its run left."""
+"""What P3's figures share: titles, the look and the name of an example, and what its run left."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,17 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from residuum.drawing import COLOURS, MARKERS
 from residuum.toys.examples import Example
 from residuum.toys.networks import Chain, Flow
 
 if TYPE_CHECKING:
     import matplotlib.figure
-    from matplotlib.axes import Axes
 
-Drawn = "matplotlib.figure.Figure"
 Folders = Mapping[Example, Path]
-COLOURS = {0.0: "C3", 0.25: "C1", 0.5: "C0", 0.75: "C5", 1.0: "C2"}
-FALLBACK = "C4"
+STYLES = {0.0: 1, 0.25: 4, 0.5: 0, 0.75: 5, 1.0: 2}  # theta: number of the line's colour and marker
+OTHER = 3
 
 
 def values(folder: Path) -> dict[str, Any]:
@@ -50,10 +49,16 @@ def one(example: Example, folder: Path, member: int) -> Chain | Flow:
     return network
 
 
+def colour_of(example: Example) -> str:
+    """The colour of its theta."""
+    return COLOURS[STYLES.get(example.theta, OTHER)]
+
+
 def line_of(example: Example) -> dict[str, Any]:
-    """Colour and style of its line."""
+    """The look of its line: colour and marker say theta; dashed are truncated gradients and training by levels."""
     style = "--" if example.param_grad == "truncated" or example.levels > 1 else "-"
-    return {"color": COLOURS.get(example.theta, FALLBACK), "ls": style}
+    marker = MARKERS[STYLES.get(example.theta, OTHER)]
+    return {"color": colour_of(example), "ls": style, "marker": marker, "ms": 4, "markevery": 0.12}
 
 
 def failed_of(history: list[dict[str, Any]]) -> str:
@@ -61,15 +66,6 @@ def failed_of(history: list[dict[str, Any]]) -> str:
     last = history[-1]["validation_loss"]
     lost = sum(value is None for value in last)
     return f" ({lost} of {len(last)} failed, left out)" if lost else ""
-
-
-def blank(rows: int, columns: int, size: float) -> tuple["matplotlib.figure.Figure", list[list["Axes"]]]:
-    """A figure of empty panels, each so many inches wide and high."""
-    from matplotlib.figure import Figure as Empty
-
-    wide = size * 1.5 if columns == 1 else size * columns
-    figure = Empty(figsize=(max(wide, 7.5), size * rows + 0.8), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 
 def titled(figure: "matplotlib.figure.Figure", what: str, numbers: Sequence[str]) -> None:
