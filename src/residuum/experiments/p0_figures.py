@@ -180,8 +180,15 @@ def _effects(results: Results, *, tables: Mapping[str, Table]) -> Drawn:
                 line(ax, x, [e.value for e in effects.values()], label=name, number=2 * bounded, spread=ends)
                 most = max(effect.n for effect in effects.values())
                 for place, effect in zip(x, effects.values(), strict=True):
-                    few = f" {effect.n} of {most} seeds" * (effect.n < most)  # others guess: it is undefined
-                    ax.annotate(few, (place, effect.value), fontsize=8, rotation=90, va="center", ha="left")
+                    few = f"{effect.n} of {most} seeds" * (effect.n < most)  # others guess: it is undefined
+                    look = {
+                        "xytext": (5, 0),
+                        "textcoords": "offset points",
+                        "fontsize": 8,
+                        "rotation": 90,
+                        "va": "center",
+                    }
+                    ax.annotate(few, (place, effect.value), **look)
         for drawn in ax.get_lines():
             drawn.set_linestyle("none")
         ax.axhline(0, color="0.5", linewidth=1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from residuum.claims import Drawn, Figure, Results
-from residuum.drawing import COLOURS, line, panels
+from residuum.drawing import COLOURS, line, panels, plain_ticks
 from residuum.experiments.p3_extended import noise, penalties, phase_plane_of_prey, shifts, stiffness
 from residuum.experiments.p3_panels import (
     Folders,
@@ -280,6 +280,7 @@ def robustness(folders: Folders) -> Drawn:
         right.plot([place] * len(largest), largest, "o", color=colour_of(example))
         lasts.append(f"{rows[-1].mean():.1%} at {short(example)}{failed}")
     right.set(yscale="log", ylabel="largest stretching of an input's change\n(95 % quantile over validation points)")
+    plain_ticks(right)
     right.set_xticks(range(len(folders)), [fill(label(e), 11) for e in folders])
     right.tick_params(axis="x", labelsize=7)
     right.margins(x=0.2)
