@@ -57,7 +57,6 @@ PRINTED = {
         )
     ),
 }
-STEPS = 20  # extra runs of the last block
 LAST = 5  # blocks that the paper's figure 6 looks at
 WHOLE = ("perturbation", "state_norm", "readouts", "gradients", "margins", "drops")
 SIZED = ("perturbation", "state_norm", "readouts", "gradients")  # of networks that share

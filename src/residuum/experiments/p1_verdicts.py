@@ -68,8 +68,8 @@ def _effect(results: Results, runs: Seeds, table: Table, statistic: Statistic) -
     return mean_over([statistic(np.nanmean(values, axis=0)) for values in tables])
 
 
-def _of(quantity: str, *, split: str = "profile", section: int | None = None) -> Table:
-    return lambda run: columns(run.profile(split), quantity, section)
+def _of(quantity: str, section: int | None = None) -> Table:
+    return lambda run: columns(run.profile(), quantity, section)
 
 
 def _per_image(run: Finished, network: str = "profile") -> Tensor:

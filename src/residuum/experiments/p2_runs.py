@@ -233,18 +233,18 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return {d: float(np.mean([curve[d] for curve in curves if d in curve])) for d in depths}
 
 
-def crossing(steps: Curve, eps: float = EPS) -> float:
-    """Depth at which a mean scaled perturbation falls to eps, between depths along a straight line of the logarithms.
+def crossing(steps: Curve) -> float:
+    """Depth at which a mean scaled perturbation falls to `EPS`, between depths along a straight line of the logarithms.
 
     Returns:
         The first crossing; inf if the deepest network is still above, the shallowest depth if all are below.
     """
     depths = sorted(steps)
     for before, after in pairwise(depths):
-        if steps[before] > eps >= steps[after]:
-            part = math.log(steps[before] / eps) / math.log(steps[before] / steps[after])
+        if steps[before] > EPS >= steps[after]:
+            part = math.log(steps[before] / EPS) / math.log(steps[before] / steps[after])
             return before * (after / before) ** part
-    return math.inf if steps[depths[-1]] > eps else float(depths[0])
+    return math.inf if steps[depths[-1]] > EPS else float(depths[0])
 
 
 def steps_of_images(results: Results, runs: Mapping[int, Run], section: int) -> Float[np.ndarray, "example depth"]:

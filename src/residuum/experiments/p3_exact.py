@@ -124,9 +124,9 @@ def gradient(results: Results) -> Obtained:
 
 
 @torch.no_grad()
-def _by_differences(loss: Callable[[], Tensor], leaf: Tensor, along: Tensor, width: float = 1e-5) -> float:
+def _by_differences(loss: Callable[[], Tensor], leaf: Tensor, along: Tensor) -> float:
     """Central difference of a loss as a tensor that it reads moves along a direction."""
-    ends = []
+    ends, width = [], 1e-5
     for move in (width, -2 * width):
         leaf.add_(along, alpha=move)
         ends.append(loss().item())

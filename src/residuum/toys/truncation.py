@@ -3,17 +3,15 @@
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from residuum.toys.examples import Example, losses_of
 
 
-def truncation(example: Example, network: nn.Module | None = None) -> dict[str, list[float]]:
-    """How far the truncated gradient of the blocks' weights is from the exact one, on all training examples.
+def truncation(example: Example) -> dict[str, list[float]]:
+    """How far the truncated gradient of the blocks' fresh weights is from the exact one, on all training examples.
 
     Args:
         example: "sine" or "spirals".
-        network: Its members; None: with fresh weights.
 
     Returns:
         Per member: "error", |truncated - exact| / |exact|, and "cosine" of the two; 0 where the truncated one is 0.
@@ -25,7 +23,7 @@ def truncation(example: Example, network: nn.Module | None = None) -> dict[str, 
     """
     if not example.turning:
         raise ValueError(f"truncation is for 'sine' and 'spirals', not for {example.problem!r}")
-    weights, found = (network or example.network()).state_dict(), []
+    weights, found = example.network().state_dict(), []
     for param_grad in ("exact", "truncated"):
         kind = replace(example, param_grad=param_grad)
         given, (x, y) = kind.network(), kind.data().train
