@@ -324,16 +324,14 @@ def test_an_axis_of_percentages_has_room() -> None:
     curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)
     chart = charts.cheapest_cuts("cuts", "angular_distance", curve, label="turn")
     assert chart["y"]["range"][1] == charts.TINY
-    assert (
-        titles.cuts(table, None, (3,), "") == "Block 1 turns the state least, by less than 0.01\u00a0% of a half turn"
-    )
+    assert titles.cuts(table, (3,)) == "Block 1 turns the state least, by less than 0.01\u00a0% of a half turn"
 
 
 def test_what_is_rounded_away_is_not_said() -> None:
     table = {"loss": {(0, i, 1): Value(1.12 - 1e-5 * i, 0.0, 5) for i in range(3)}}
-    assert titles.loss(table, None, (2,), "").endswith("which hardly changes from the first (1.12) to the last")
+    assert titles.loss(table, (2,)).endswith("which hardly changes from the first (1.12) to the last")
     table = {"agreement": {(0, i, 1): Value(1.0, 0.0, 5) for i in range(3)}}
-    assert "at least 99\u00a0% of the answers are" in titles.agreement(table, None, (2,), "")
+    assert "at least 99\u00a0% of the answers are" in titles.agreement(table, (2,))
 
 
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:
@@ -389,10 +387,10 @@ def test_settled_is_the_first_state_that_stays_good() -> None:
     values = [0.1, 0.97, 0.5, 0.965, 0.97]
     table = {"accuracy": {(0, i, 1): Value(v, 0.0, 9) for i, v in enumerate(values)}}
     assert titles.settled(table) == (0, 3)
-    title = titles.accuracy(table, None, (4,), "")
+    title = titles.accuracy(table, (4,))
     assert title.startswith("After block 3, with 3 of 4 blocks run, the answers are as good as the final ones (97.0")
     late = {"accuracy": {(0, i, 1): Value(float(i), 0.0, 9) for i in range(5)}}
-    assert "No early exit is as good" in titles.accuracy(late, None, (4,), "")
+    assert "No early exit is as good" in titles.accuracy(late, (4,))
 
 
 def test_running_sum_adds_within_sections_only(tmp_path: Path) -> None:

@@ -121,49 +121,6 @@ def expected(first_order: dict[Any, Value], true: dict[Any, Value]) -> str:
     return f"{lower} of {len(both)} blocks lower the loss; the first order has the right sign for {same}"
 
 
-def steepness(table: Table) -> str:
-    """Of the chart of gradient norms: from the first block to the last section, or to the last block."""
-    ratios = table.get("gradient_ratio")
-    if ratios:
-        found, end = ratios[min(ratios)].mean, "the last section"
-    else:
-        norms = table["gradient_norm"]
-        first, last = norms[min(norms)].mean, norms[max(norms)].mean
-        if not last:
-            return "The gradient of the loss is zero at the last block"
-        found, end = first / last, "the last block"
-    start = "At the first block the gradient of the loss"
-    if 0.9 <= found <= 1.1:
-        return f"{start} is about as long as at {end if ratios is None else f'the first of {end}'}"
-    return f"{start} is {number(found)} times as long as at {f'the first of {end}' if ratios else end}"
-
-
-def tail(table: Table) -> str:
-    """Of the chart of growth through the rest of the network."""
-    values = table["log_tail_product"]
-    value, start = values[min(values)], "From the first state to the last, small changes"
-    if abs(value.mean) < 0.05:
-        return f"{start} grow at most to about their own size"
-    tens = power(value).mean
-    if tens > 4:
-        return f"{start} may grow 10 to the power of {tens:.1f} times"
-    if tens > 0:
-        return f"{start} may grow up to {number(exp(value.mean))} times"
-    return f"{start} shrink to {percent(exp(value.mean))} or less"
-
-
-def bracket(table: Table) -> str:
-    """Of the chart of local Lipschitz constants, with the bounds where there are some."""
-    values, bounds = table["update_lipschitz"], table.get("update_lipschitz_bound", {})
-    small = sum(value.mean < 1 for value in values.values())
-    most = max(value.mean for value in values.values())
-    text = f"Updates stretch small changes up to {number(most)} times; {small} of {len(values)} shrink them, on average"
-    if not bounds:
-        return f"{text}, no upper bound is known"
-    proved = sum(value.mean < 1 for value in bounds.values())
-    return f"{text}, {proved} by proof"
-
-
 def settling(table: Table) -> str:
     """Of the verdict on the last block: which of the three most examples get, or that they are divided."""
     words = {"settles": "settle", "marginal": "be marginal", "drifts": "drift"}

@@ -23,13 +23,11 @@ class Panel(NamedTuple):
 
 def one_panels(result: Result) -> dict[str, Panel]:
     """The charts of one result by key; those that were not measured are left out."""
-    trained_here = bool(result.about.get("training"))
     curves = curves_of(result)
     made = _along_depth(curves, result.about["loss"])
     made["cuts"] = charts.cheapest_cuts("cuts", "angular_distance", curves[0], label="turn, as part of a half turn")
-    before = "before training" if trained_here else "at initialisation"
     found = {
-        key: Panel(chart, titles.TITLES[key](result.trained, result.initial, result.lengths, before))
+        key: Panel(chart, _title(key, result))
         for key, chart in made.items()
         if chart and ("angular_distance" if key == "cuts" else _quantity(key, curves)) in result.trained
     }
@@ -83,6 +81,14 @@ def curves_of(result: Result) -> list[Curve]:
     if result.shuffled is not None:
         curves.append(Curve("trained on shuffled labels", result.shuffled, result.sections, 2))
     return curves
+
+
+def _title(key: str, result: Result) -> str:
+    """Of a chart along depth."""
+    if key == "step":
+        before = "before training" if result.about.get("training") else "at initialisation"
+        return titles.step(result.trained, result.initial, before)
+    return titles.TITLES[key](result.trained, result.lengths)
 
 
 GOOD = {"accuracy": "right answers", "agreement": "answers as without the change"}

@@ -1,17 +1,15 @@
 """The conclusion above each chart of the report, worked out from its numbers."""
 
 from collections.abc import Callable, Sequence
-from math import fsum
+from math import exp, fsum
 from typing import Any
 
-from residuum import conclusions
 from residuum.answers import GUESSING
 from residuum.changed import intact, kind
-from residuum.conclusions import bracket, costs, power
+from residuum.conclusions import Lengths, costs, power
 from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
 
 SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
-Lengths = Sequence[int]
 
 
 def mean_of(table: Table, quantity: str) -> float:
@@ -48,7 +46,7 @@ def half_way(table: Table, section: int) -> int | None:
     return next((i for i in range(len(curve)) if all(left <= 0.5 for left in curve[i:])), None)
 
 
-def step(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def step(trained: Table, initial: Table | None, before: str) -> str:
     """Of the chart of scaled perturbations."""
     mean = mean_of(trained, "scaled_perturbation")
     text = f"A block changes the state by {percent(mean)} of its length on average"
@@ -60,7 +58,7 @@ def step(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"{text}, {word} {before} ({percent(fresh)})"
 
 
-def sums(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def sums(trained: Table, lengths: Lengths) -> str:
     """Of the chart of running sums."""
     if len(lengths) == 1:
         return f"Added up, the steps come to {number(distance(trained))} times the length of the state"
@@ -68,7 +66,7 @@ def sums(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"Added up, the steps come to {listed(parts)}, in lengths of the state"
 
 
-def accuracy(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def accuracy(trained: Table, lengths: Lengths) -> str:
     """Of the chart of early exits."""
     final = trained["accuracy"][max(trained["accuracy"])].mean
     right = percent(final)
@@ -81,7 +79,7 @@ def accuracy(trained: Table, initial: Table | None, lengths: Lengths, before: st
     return _settling(trained, lengths, "accuracy", good, f"{late}: stopping one block early costs more than one point")
 
 
-def agreement(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def agreement(trained: Table, lengths: Lengths) -> str:
     """Of the chart of agreement with the final answer."""
     good, late = "at least 99\u00a0% of the answers are the final ones", "The last block still changes answers"
     return _settling(trained, lengths, "agreement", good, f"{late}: more than 1\u00a0% of them")
@@ -99,7 +97,7 @@ def _settling(trained: Table, lengths: Lengths, quantity: str, good: str, late: 
     return f"{start}, with {run} of {total} blocks run, {good}"
 
 
-def loss(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def loss(trained: Table, lengths: Lengths) -> str:
     """Of the chart of losses."""
     values = trained["loss"]
     steps = [values[s, i + 1, n].mean - value.mean for (s, i, n), value in values.items() if (s, i + 1, n) in values]
@@ -111,7 +109,7 @@ def loss(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"{text}, from {number(first)} to {number(last)}"
 
 
-def angle(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def angle(trained: Table, lengths: Lengths) -> str:
     """Of the chart of angles between updates."""
     values = list(trained["update_angle"].values())
     if len(values) == 1:
@@ -127,7 +125,7 @@ def angle(trained: Table, initial: Table | None, lengths: Lengths, before: str) 
     return f"{most} of {len(values)} blocks {word} (mean cosine {cosine(mean_of(trained, 'update_angle'))})"
 
 
-def last(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def last(trained: Table, lengths: Lengths) -> str:
     """Of the chart of distances to a section's last state."""
     halves = [(s, half_way(trained, s)) for s in range(len(lengths))]
     parts = [
@@ -140,7 +138,7 @@ def last(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"Half of the way to the last state is done after {listed(parts)}" if parts else "The state does not move"
 
 
-def cuts(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def cuts(trained: Table, lengths: Lengths) -> str:
     """Of the chart of runs of consecutive blocks."""
     singles = {key: value.mean for key, value in trained["angular_distance"].items() if key[2] == 1}
     (section, index, _), least = min(singles.items(), key=lambda item: item[1])
@@ -148,7 +146,7 @@ def cuts(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"Block {place(section, index, lengths)} turns the state least, {size} a half turn"
 
 
-def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def pull(trained: Table, lengths: Lengths) -> str:
     """Of the chart of cosines between updates and the gradient of the loss."""
     values = list(trained["gradient_cosine"].values())
     down = sum(value.mean < -2 * value.stderr for value in values)
@@ -160,7 +158,7 @@ def pull(trained: Table, initial: Table | None, lengths: Lengths, before: str) -
     return f"{text}; {useful} lower it when the whole block is left in instead of out"
 
 
-def without(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def without(trained: Table, lengths: Lengths) -> str:
     """Of the chart of answers without one block."""
     (section, index, _), worst = min(trained[f"drop_{kind(trained)}"].items(), key=lambda item: item[1].mean)
     name, whole = place(section, index, lengths), intact(trained, kind(trained)).mean
@@ -169,7 +167,7 @@ def without(trained: Table, initial: Table | None, lengths: Lengths, before: str
     return f"Without block {name}, {percent(worst.mean)} of the answers are right; with all blocks {percent(whole)}"
 
 
-def twice(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def twice(trained: Table, lengths: Lengths) -> str:
     """Of the chart of answers with one block run twice."""
     values = trained[f"repeat_2_{kind(trained)}"]
     whole = intact(trained, kind(trained)).mean
@@ -181,7 +179,7 @@ def twice(trained: Table, initial: Table | None, lengths: Lengths, before: str) 
     return f"{text}; block {place(section, index, lengths)} {costs(whole - worst.mean)}"
 
 
-def direct(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def direct(trained: Table, lengths: Lengths) -> str:
     """Of the chart of cosines with the gradient of the loss that the readout gives right at the state."""
     values = list(trained["plugin_gradient_cosine"].values())
     down = sum(value.mean < -2 * value.stderr for value in values)
@@ -189,24 +187,51 @@ def direct(trained: Table, initial: Table | None, lengths: Lengths, before: str)
     return f"Read off right there, {down} of {len(values)} updates point downhill (mean cosine {mean})"
 
 
-def stretch(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
-    """Of the chart of local Lipschitz constants."""
-    return bracket(trained)
+def stretch(trained: Table, lengths: Lengths) -> str:
+    """Of the chart of local Lipschitz constants, with the bounds where there are some."""
+    values, bounds = trained["update_lipschitz"], trained.get("update_lipschitz_bound", {})
+    small = sum(value.mean < 1 for value in values.values())
+    most = max(value.mean for value in values.values())
+    text = f"Updates stretch small changes up to {number(most)} times; {small} of {len(values)} shrink them, on average"
+    if not bounds:
+        return f"{text}, no upper bound is known"
+    proved = sum(value.mean < 1 for value in bounds.values())
+    return f"{text}, {proved} by proof"
 
 
-def steepness(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
-    """Of the chart of gradient norms."""
-    return conclusions.steepness(trained)
+def steepness(trained: Table, lengths: Lengths) -> str:
+    """Of the chart of gradient norms: from the first block to the last section, or to the last block."""
+    ratios = trained.get("gradient_ratio")
+    if ratios:
+        found, end = ratios[min(ratios)].mean, "the last section"
+    else:
+        norms = trained["gradient_norm"]
+        first, last = norms[min(norms)].mean, norms[max(norms)].mean
+        if not last:
+            return "The gradient of the loss is zero at the last block"
+        found, end = first / last, "the last block"
+    start = "At the first block the gradient of the loss"
+    if 0.9 <= found <= 1.1:
+        return f"{start} is about as long as at {end if ratios is None else f'the first of {end}'}"
+    return f"{start} is {number(found)} times as long as at {f'the first of {end}' if ratios else end}"
 
 
-def tail(trained: Table, initial: Table | None, lengths: Lengths, before: str) -> str:
+def tail(trained: Table, lengths: Lengths) -> str:
     """Of the chart of growth through the rest of the network."""
-    return conclusions.tail(trained)
+    values = trained["log_tail_product"]
+    value, start = values[min(values)], "From the first state to the last, small changes"
+    if abs(value.mean) < 0.05:
+        return f"{start} grow at most to about their own size"
+    tens = power(value).mean
+    if tens > 4:
+        return f"{start} may grow 10 to the power of {tens:.1f} times"
+    if tens > 0:
+        return f"{start} may grow up to {number(exp(value.mean))} times"
+    return f"{start} shrink to {percent(exp(value.mean))} or less"
 
 
-Title = Callable[[Table, Table | None, Lengths, str], str]
+Title = Callable[[Table, Lengths], str]
 TITLES: dict[str, Title] = {
-    "step": step,
     "distance": sums,
     "accuracy": accuracy,
     "loss": loss,
