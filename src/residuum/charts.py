@@ -247,17 +247,6 @@ def distance_by_depth(key: str, networks: Sequence[tuple[str, Table, Sequence[in
     return {"id": key, "x": x, "y": y, "series": series}
 
 
-def history(key: str, epochs: Sequence[dict[str, Any]]) -> Chart:
-    """Accuracy on the test split after each epoch."""
-    points = [(int(row["epoch"]), float(row["test_accuracy"])) for row in epochs if "test_accuracy" in row]
-    hover = [f"epoch {epoch}<br>{percent(value)} of the test examples right" for epoch, value in points]
-    values = [Value(value, 0.0, 0) for _, value in points]
-    series = [series_of("test examples", 0, [epoch for epoch, _ in points], values, hover)] if points else []
-    x = {"kind": "plain", "title": "epoch", "log": False}
-    y = {"title": "right answers", "percent": True, "range": None, "log": False}
-    return {"id": key, "x": x, "y": y, "series": series, "height": 260}
-
-
 def _chart(key: str, axis: Axis, series: list[Chart], label: str, unit: str, span: Any) -> Chart:
     log = span is None and spread(series)
     x = {

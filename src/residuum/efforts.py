@@ -7,7 +7,6 @@ from residuum import plots
 from residuum.charts import Chart
 from residuum.facts import Facts
 from residuum.folders import Result
-from residuum.plots import Line
 from residuum.readings import Value, number, percent, place
 
 
@@ -48,15 +47,11 @@ def charts(result: Result) -> dict[str, tuple[Chart, str]]:
     names = _names(result)
     found = {}
     for key, shown in SHOWN.items():
-        values = {block: _over_epochs(result, block, shown) for block in names}
-        values = {block: points for block, points in values.items() if points}
-        lines = [
-            Line(f"block {names[block]}", 0, points, shade=i / max(1, len(values) - 1), quiet=_quiet(i, len(values)))
-            for i, (block, points) in enumerate(values.items())
-        ]
+        values = {name: points for block, name in names.items() if (points := _over_epochs(result, block, shown))}
+        lines = plots.ordered({f"block {name}": points for name, points in values.items()})
         chart = plots.plain(key, lines, x="epoch", label=shown.label, unit=shown.unit, say="epoch {}".format)
         if chart:
-            found[key] = chart, _title(shown, {names[block]: points for block, points in values.items()})
+            found[key] = chart, _title(shown, values)
     return found
 
 
@@ -101,10 +96,6 @@ def _over_epochs(result: Result, block: str, shown: Shown) -> dict[int, Value]:
         if part.get(shown.field) is not None:
             points[int(row["epoch"])] = Value(float(part[shown.field]), 0.0, part["examples"])
     return points
-
-
-def _quiet(number: int, count: int) -> bool:
-    return count > 9 and number % -(-count // 6) != 0 and number < count - 1
 
 
 def _title(shown: Shown, values: dict[str, dict[int, Value]]) -> str:

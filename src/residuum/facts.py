@@ -48,19 +48,38 @@ class Facts(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
+def networks(result: Result, *, alone: bool) -> list[tuple[str, str, Table | None]]:
+    """A network, the same at initialisation, and the same trained on shuffled labels.
+
+    Args:
+        result: What was measured.
+        alone: Whether the page is about this result only, so that names need not say whose they are.
+
+    Returns:
+        How the names of its indices begin, what the page calls it, and its values, if there are some.
+    """
+    own = ("after training" if result.about.get("training") else "this model") if alone else result.label
+    before = "" if alone else f"{result.label}, "
+    return [
+        ("", own, result.trained),
+        ("initial_", f"{before}at initialisation", result.initial),
+        ("shuffled_", f"{before}trained on shuffled labels", result.shuffled),
+    ]
+
+
 def of_one(result: Result) -> dict[str, Facts]:
     """The tables of one result; those without rows were not measured."""
-    networks, agreeing = _networks([result]), _networks([result], "_by_agreement")
+    given, agreeing = _networks([result]), _networks([result], "_by_agreement")
     tables = _tables([result])
     names = [name for name, _ in result.sections]
-    beside = [(name, found) for name, found, _ in networks[1:]]
-    title = conclusions.iterative(networks[0][1], beside) if networks and _has(networks[0][1], INDICES) else ""
+    beside = [(name, found) for name, found, _ in given[1:]]
+    title = conclusions.iterative(given[0][1], beside) if given and _has(given[0][1], INDICES) else ""
     sections = [
         (f"{network}, {names[s]}", found, s, lengths)
-        for network, found, lengths in networks
+        for network, found, lengths in given
         for s in range(len(names) if len(names) > 1 else 0)
     ]
-    whole = [(network, found, None, lengths) for network, found, lengths in networks]
+    whole = [(network, found, None, lengths) for network, found, lengths in given]
     return {
         "indices": _index_table(title, INDICES, whole),
         "indices_sections": _index_table("The same in each section", INDICES, sections),
@@ -71,7 +90,7 @@ def of_one(result: Result) -> dict[str, Facts]:
             INDICES,
             [(network, found, None, lengths) for network, found, lengths in agreeing],
         ),
-        "companions": _index_table(conclusions.companions(networks[0][1]) if networks else "", COMPANIONS, whole),
+        "companions": _index_table(conclusions.companions(given[0][1]) if given else "", COMPANIONS, whole),
         "companions_sections": _index_table("The same in each section", COMPANIONS, sections),
         "settling": _settling(tables, result),
         "bracket": _bracket(result),
@@ -98,7 +117,7 @@ def _networks(results: Sequence[Result], by: str = "") -> list[Network]:
     """Each network with the ones beside it; those at initialisation also where they are missing, with the reason."""
     found = []
     for result in results:
-        for key, words in _words(result, alone=len(results) == 1):
+        for key, words, _ in networks(result, alone=len(results) == 1):
             values = result.indices.get(f"{key}convergence{by}")
             if values:
                 found.append((words, values, result.lengths))
@@ -108,25 +127,9 @@ def _networks(results: Sequence[Result], by: str = "") -> list[Network]:
     return found
 
 
-def _words(result: Result, *, alone: bool) -> list[tuple[str, str]]:
-    own = ("after training" if result.about.get("training") else "this model") if alone else result.label
-    before = "" if alone else f"{result.label}, "
-    return [
-        ("", own),
-        ("initial_", f"{before}at initialisation"),
-        ("shuffled_", f"{before}trained on shuffled labels"),
-    ]
-
-
 def _tables(results: Sequence[Result]) -> list[tuple[str, Table]]:
-    found = []
-    for result in results:
-        for (_, words), table in zip(
-            _words(result, alone=len(results) == 1), (result.trained, result.initial, result.shuffled), strict=True
-        ):
-            if table is not None:
-                found.append((words, table))
-    return found
+    found = [network for result in results for network in networks(result, alone=len(results) == 1)]
+    return [(words, table) for _, words, table in found if table is not None]
 
 
 def _has(found: dict[str, Any], names: dict[str, str]) -> bool:

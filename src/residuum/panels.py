@@ -36,18 +36,17 @@ def one_panels(result: Result) -> dict[str, Panel]:
     if advice and "scaled_perturbation" in result.trained:
         eps = result.advice["eps"]
         found["depth"] = Panel(charts.depth_ranges("depth", advice, eps), titles.depth(advice, eps))
-    if result.history and "test_accuracy" in result.history[-1]:
-        found["training"] = Panel(charts.history("training", result.history), titles.training(result.history))
-    return found | {key: Panel(*solves) for key, solves in efforts.charts(result).items()}
+    return found | _training(result) | {key: Panel(*solves) for key, solves in efforts.charts(result).items()}
 
 
 def many_panels(results: Sequence[Result]) -> dict[str, Panel]:
     """The charts that compare several results; the networks at initialisation are there, hidden at first."""
     curves = [Curve(result.label, result.trained, result.sections, i) for i, result in enumerate(results)]
     fresh = [
-        Curve(f"{result.label}, at initialisation", result.initial, result.sections, i, fresh=True, hidden=True)
+        Curve(words, table, result.sections, i, fresh=True, hidden=True)
         for i, result in enumerate(results)
-        if result.initial is not None
+        for key, words, table in facts.networks(result, alone=False)
+        if key == "initial_" and table is not None
     ]
     losses = {result.about["loss"] for result in results}
     made = _along_depth([*curves, *fresh], losses.pop() if len(losses) == 1 else "different losses")
@@ -74,13 +73,11 @@ def tables(results: Sequence[Result]) -> dict[str, Facts]:
 
 def curves_of(result: Result) -> list[Curve]:
     """The network of a result and those beside it."""
-    name = "after training" if result.about.get("training") else "this model"
-    curves = [Curve(name, result.trained, result.sections, 0)]
-    if result.initial is not None:
-        curves.append(Curve("at initialisation", result.initial, result.sections, 1, fresh=True))
-    if result.shuffled is not None:
-        curves.append(Curve("trained on shuffled labels", result.shuffled, result.sections, 2))
-    return curves
+    return [
+        Curve(words, table, result.sections, style, fresh=key == "initial_")
+        for style, (key, words, table) in enumerate(facts.networks(result, alone=True))
+        if table is not None
+    ]
 
 
 def _title(key: str, result: Result) -> str:
@@ -327,6 +324,17 @@ def _group_title(quantity: str, result: Result, lines: Sequence[Line], x: str) -
     return conclusions.moved(quantity, {line.name: line.points for line in lines if line.points}, x)
 
 
+def _training(result: Result) -> dict[str, Panel]:
+    """Accuracy on the test split after each epoch."""
+    if not result.history or "test_accuracy" not in result.history[-1]:
+        return {}
+    rows = [row for row in result.history if "test_accuracy" in row]
+    line = Line("test examples", 0, {int(row["epoch"]): Value(float(row["test_accuracy"]), 0.0, 0) for row in rows})
+    say = "epoch {}".format
+    chart = plots.plain("training", [line], x="epoch", label="right answers", unit="%", say=say)
+    return {"training": Panel({**chart, "height": 260}, titles.training(rows))}
+
+
 CURVES = ("accuracy", "loss", "borderline_accuracy", "correct_accuracy")
 
 
@@ -342,21 +350,19 @@ def _epochs(result: Result) -> dict[str, Panel]:
             continue
         length = len(having[-1]["curves"][quantity][section])
         entry = length > len(dict(result.sections)[section])  # states begin at the entry, blocks after it
-        lines = []
-        for i in range(length):
-            name = "entry" if entry and not i else f"block {i + (not entry)}"
-            points = {
+        points = {
+            "entry" if entry and not i else f"block {i + (not entry)}": {
                 int(row["epoch"]): Value(float(row["curves"][quantity][section][i]), 0.0, 0)
                 for row in having
                 if row["curves"][quantity][section][i] is not None
             }
-            named = length <= 9 or i % -(-length // 6) == 0 or i == length - 1
-            lines.append(Line(name, 0, points, shade=i / max(1, length - 1), quiet=not named))
+            for i in range(length)
+        }
         unit, span = ("", None) if quantity == "loss" else ("%", SHARE)
         label = f"loss: {result.about['loss']}" if quantity == "loss" else "right answers"
         say = "epoch {}".format
         key = f"curves_{quantity}"
-        chart = plots.plain(key, lines, x="epoch", label=label, unit=unit, span=span, say=say)
+        chart = plots.plain(key, plots.ordered(points), x="epoch", label=label, unit=unit, span=span, say=say)
         if chart:
             found[key] = Panel(chart, conclusions.learned(having, quantity, section))
     return found

@@ -1,6 +1,6 @@
 """Charts over plain numbers, such as steps and epochs, and tables as colours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from residuum.charts import Chart, literal, series_of, spread
@@ -27,6 +27,20 @@ class Line(NamedTuple):
     hidden: bool = False
     shade: float | None = None
     quiet: bool = False
+
+
+def ordered(lines: Mapping[str, dict[int, Value]]) -> list[Line]:
+    """Lines that stand in an order, from light to dark; of more than nine the legend names every few and the last.
+
+    Args:
+        lines: Points by name.
+    """
+    last = len(lines) - 1
+    every = 1 if last < 9 else -(-len(lines) // 6)
+    return [
+        Line(name, 0, points, shade=i / max(1, last), quiet=i % every != 0 and i < last)
+        for i, (name, points) in enumerate(lines.items())
+    ]
 
 
 def plain(

@@ -90,10 +90,7 @@ def _groups(profile: Profile) -> "pandas.DataFrame":
 
     names = ("accuracy", "loss", "entropy")
     wanted = {*names, *(f"unroll_1_{name}" for name in names)}
-    parts = []
-    for group, part in groups(profile).items():
-        measures = {name: values for name, values in part.measures.items() if name in wanted}
-        parts.append(replace(part, measures=measures).to_pandas().assign(group=group))
+    parts = [part.select(wanted).to_pandas().assign(group=group) for group, part in groups(profile).items()]
     return pd.concat(parts, ignore_index=True)
 
 
