@@ -197,25 +197,16 @@ def fold(flags: options.Fold, command: str) -> None:
     model = loaded.model.to(device=find_device(common.device), dtype=_dtype(common))
     with new_folder(flags.out, writes=NETWORK, replace=flags.force, reads=(flags.model,)) as folder:
         found = fold_coupled(model, data, couple="all" if flags.norms else "weights", preparation=preparation)
-        cost = {
-            "sharing": found.sharing,
-            "parameters": found.parameters,
-            "loss": found.loss,
-            "accuracy": found.accuracy,
-        }
-        training = (loaded.training or {}) | {"folded": cost | {"data": data.test.name, "images": len(data.test)}}
+        cost = {"parameters": found.parameters, "loss": found.loss, "accuracy": found.accuracy}
+        about = {"sharing": found.sharing, **cost, "data": data.test.name, "images": len(data.test)}
+        training = (loaded.training or {}) | {"folded": about}
         save_run(folder, found.model, preparation=preparation, classes=loaded.classes, training=training)
         now = replace(loaded, model=found.model, weights=f"{loaded.weights}, folded", training=training)
         title, seconds = f"{flags.out.name}, folded", perf_counter() - start
         write_provenance(folder, now, data.test, None, title=title, seed=common.seed, command=command, seconds=seconds)
     alike = ", ".join("one block" if s is None else f"{s:.4f}" for s in found.sharing)
     screen.print(f"how alike the weights of each section were (1: equal): {alike}")
-    for name, (before, after) in {
-        "parameters": found.parameters,
-        "loss": found.loss,
-        "accuracy": found.accuracy,
-    }.items():
-        form = {"parameters": ",", "loss": ".4f", "accuracy": ".1%"}[name]
+    for (name, (before, after)), form in zip(cost.items(), (",", ".4f", ".1%"), strict=True):
         screen.print(f"{name}: {before:{form}} -> {after:{form}}")
     screen.print(f"evaluated: {len(data.test)} test images of {data.test.name}")
     screen.print(f"network: {flags.out.resolve()}")

@@ -66,6 +66,10 @@ CHANGES = {
 }
 NAMES = (*PASSIVE, *OTHERS, *LABELLED, *CHANGES)
 USUAL = (*PASSIVE, "pairs", "readouts")
+RESET = (
+    "weights drawn by torch's default for each layer (reset_parameters), which can differ from what the network's "
+    "authors start from"
+)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -222,26 +226,15 @@ def probe(
     if loaded.fresh:
         calibrate_(model, calibration())
     found, lost, about_found = _measure(model, partial(shown, "measuring"), probes, config)
+    kept = {name: probe for name, probe in probes.items() if name not in lost}
     initial, about_initial = None, []
     reason = "this is the network at initialisation" if loaded.fresh else "it was not asked for"
     if config.initial and not loaded.fresh:
-        try:
-            null = null_model(model, calibration(), seed=config.seed)
-            kept = {name: probe for name, probe in probes.items() if name not in lost}
-            initial, _, about_initial = _measure(null, partial(shown, "measuring at initialisation"), kept, config)
-            reason = ""
-        except ValueError as error:  # there is none, or it cannot be measured: what was found is kept
-            reason = str(error)
-    about_null = ""
-    if initial is not None and null_is_reset(model):
-        about_null = (
-            "at initialisation: weights drawn by torch's default for each layer (reset_parameters), which can differ "
-            "from what the network's authors start from"
-        )
+        again = partial(shown, "measuring at initialisation")
+        initial, reason, about_initial = _at_initialisation(model, calibration, again, kept, config)
     memorised, about_memorised = None, []
     if shuffled is not None:
         other = shuffled.model.to(device=config.device, dtype=config.dtype).requires_grad_(False)
-        kept = {name: probe for name, probe in probes.items() if name not in lost}
         memorised, _, about_memorised = _measure(other, partial(shown, "measuring after shuffled labels"), kept, config)
     about = (
         about_input,
@@ -251,11 +244,11 @@ def probe(
         _about_outputs(found),
         _about_entries(found),
         _about_rounding(found, config.dtype),
-        about_null,
+        about_shuffled,
     )
     others = [f"at initialisation: {line}" for line in about_initial]
     others += [f"after shuffled labels: {line}" for line in about_memorised]
-    notes = (*filter(None, (*about, about_shuffled)), *others)
+    notes = (*filter(None, about), *others)
     return Findings(found, initial, reason, memorised, _describe(model, stream), notes)
 
 
@@ -279,6 +272,22 @@ def _measure(
         places = first_not_finite(cut_all(network, (x for x, _ in given()), blocks))
         lines += _about_states(places, len(found.examples))
     return found, set(lost), lines
+
+
+def _at_initialisation(
+    model: nn.Module,
+    calibration: Callable[[], Iterator[tuple[Any, Tensor]]],
+    given: Callable[[], Iterator[tuple[Any, Tensor | None]]],
+    probes: dict[str, Probe],
+    config: ProbeConfig,
+) -> tuple[Profile | None, str, list[str]]:
+    """The profile of the network at initialisation, or None and why there is none; and lines about it."""
+    try:
+        null = null_model(model, calibration(), seed=config.seed)
+        found, _, lines = _measure(null, given, probes, config)
+    except ValueError as error:  # there is none, or it cannot be measured: what was found is kept
+        return None, str(error), []
+    return found, "", [RESET, *lines] if null_is_reset(model) else lines
 
 
 def _about_shuffled(loaded: LoadedModel, shuffled: LoadedModel | None) -> str:
