@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+IGNORED = -100  # the label of tokens that do not count, such as padding; torch's cross-entropy knows it
 GUESSING = 0.02  # a network whose error is not further than this below that of guessing has no answer to compare with
 
 

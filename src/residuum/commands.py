@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -32,16 +31,14 @@ from residuum.penalties import penalty_of
 from residuum.probing import Findings, ProbeConfig, choose, prepare_for
 from residuum.probing import probe as probe_network
 from residuum.processes import rank
-from residuum.progress import bar
+from residuum.progress import bar, console
 from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
 from residuum.stability import draw
 from residuum.training import Row, TrainConfig
 from residuum.training import train as train_network
 
-# Names of networks and folders are text, not markup.
-screen = Console(highlight=False, soft_wrap=True, markup=False)
-notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+screen, notices = console(), console(stderr=True)
 
 
 def demo(flags: options.Demo, command: str) -> None:

@@ -20,9 +20,8 @@ from residuum.layers.pairs import PairBlock
 from residuum.layers.sharing import unrolled
 from residuum.layers.steps import ExplicitBlock, RungeKuttaBlock, ThetaBlock, check_pure
 from residuum.names import unknown
-from residuum.spectra import in_float32, widened
+from residuum.spectra import Map, in_float32, widened
 
-Map = Callable[[Tensor], Tensor]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Sections = Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
 

@@ -1,11 +1,22 @@
-"""Progress bars for long work, on the error stream, with examples per second and time left."""
+"""What is seen of long work: lines, and on the error stream bars with examples per second and time left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.console
 
 Show = Callable[[int, str], None]  # examples done so far; what is going on
 Bar = Callable[[str, int], AbstractContextManager[Show]]  # title; examples in all
+
+
+def console(*, stderr: bool = False) -> "rich.console.Console":
+    """Where lines are printed: names of networks and folders are text, not markup, and no line is broken."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
-
 from residuum.claims import Results
 from residuum.flags import Reproduce
+from residuum.progress import console
 from residuum.reproduce import (
     Choice,
     check_data,
@@ -24,7 +23,7 @@ from residuum.reproduce import (
 from residuum.runfolders import prepare
 from residuum.sweepscreen import carried_out, unfinished
 
-screen = Console(highlight=False, soft_wrap=True, markup=False)
+screen = console()
 
 
 def reproduce(flags: Reproduce, command: str) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from residuum import sweeps
@@ -16,9 +15,10 @@ from residuum.engines.workers import Doing, Each, Ended, Tell
 from residuum.flags import Carried, Sweep
 from residuum.jobs import Job, Settings
 from residuum.loading import returned
+from residuum.progress import console
 from residuum.sweeps import Engine, Outcome, checked
 
-notices = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+notices = console(stderr=True)
 
 
 def sweep(flags: Sweep, command: str) -> None:

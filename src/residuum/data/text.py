@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from residuum.answers import IGNORED
 from residuum.data.subsets import random_subset
 from residuum.names import missing
 
-IGNORED = -100  # target of padding, as in torch's cross-entropy
 BYTES = 256  # tokens without a tokenizer
 
 

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from residuum.answers import largest
+from residuum.answers import IGNORED, largest
 from residuum.names import one_line
 from residuum.probes.passive import ratio, token_mask, wide
 from residuum.profiles import Measure, Point, measure
 from residuum.schedules import last_section
 from residuum.streams import Stream
-
-_IGNORED = -100  # the label of tokens that do not count, as in torch's cross-entropy
 
 
 def readouts(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
@@ -85,7 +83,7 @@ def misfit(output: Tensor, target: Tensor | None) -> str:
     if target.dtype == torch.int64:
         if target.shape != output.shape[:-1]:
             return f"labels int64 {list(output.shape[:-1])} are needed for outputs {list(output.shape)}, given {given}"
-        counted = target[target != _IGNORED] if target.ndim == 2 else target
+        counted = target[target != IGNORED] if target.ndim == 2 else target
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
             return f"labels must be in 0..{classes - 1}, they are in {int(counted.min())}..{int(counted.max())}"
         return ""
@@ -149,7 +147,7 @@ class Reader:
         if output.ndim == 3:
             mask = token_mask(output, mask)
             counted = output.new_ones(output.shape[:2], dtype=torch.bool) if mask is None else mask
-            counted = counted if target is None else counted & (target != _IGNORED)
+            counted = counted if target is None else counted & (target != IGNORED)
         return cls(target, target is not None and target.dtype != torch.int64, counted)
 
     def __call__(self, output: Tensor) -> tuple[Tensor, dict[str, Float[Tensor, " example"]]]:
@@ -166,7 +164,7 @@ class Reader:
         if self.target is None:
             return values
         loss = _label_loss(output, self.target).masked_fill(broken, torch.inf)
-        return values | {"loss": loss.masked_fill(self.target == _IGNORED, 0), "accuracy": answer == self.target}
+        return values | {"loss": loss.masked_fill(self.target == IGNORED, 0), "accuracy": answer == self.target}
 
     def _several(self, output: Tensor) -> dict[str, Tensor]:
         ones, broken = self.target.bool(), _broken(output)
