@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from residuum import flags as options
 from residuum import report as report_page
@@ -35,7 +34,7 @@ from residuum.progress import bar, console
 from residuum.rates import rate
 from residuum.results import write_findings, write_provenance, write_run
 from residuum.stability import draw
-from residuum.training import Row, TrainConfig
+from residuum.training import AfterEpoch, TrainConfig
 from residuum.training import train as train_network
 
 screen, notices = console(), console(stderr=True)
@@ -353,7 +352,7 @@ def _trained(
     device: str,
     common: options.Common,
     checkpoint: Path | None = None,
-    after_epoch: Callable[[nn.Module], Row] | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> LoadedModel:
     """A network trained and written to a folder."""
     model = ResNet(network, seed=config.seed).to(device=device, dtype=_dtype(common))

@@ -1,21 +1,19 @@
 """Curves over epochs: what a network would answer after each of its blocks, measured while it is trained."""
 
-from collections.abc import Callable
-
 from torch import nn
 
-from residuum.data import ImageSet, Preparation, batches
+from residuum.data import ImageSet, Preparation
 from residuum.probes import groups, margins, readouts
 from residuum.profiles import Profile, profile
 from residuum.readings import finite
-from residuum.training import EVALUATION_BATCH, Row
+from residuum.training import AfterEpoch, Row, batches_for
 
 _QUANTITIES = ("accuracy", "loss", "entropy")
 
 
 def watch(
     data: ImageSet, *, limit: int | None = 1000, preparation: Preparation | None = None, seed: int = 0
-) -> Callable[[nn.Module], Row]:
+) -> AfterEpoch:
     """A function for `train(..., after_epoch=...)` that records what each block does to the answer after every epoch.
 
     Always on the same examples, with the network in eval mode; the network is left as it was. The row gets:
@@ -50,10 +48,7 @@ def watch(
     chosen = data.take(limit, seed=seed)
 
     def after_epoch(model: nn.Module) -> Row:
-        like = next(model.parameters())
-        given = batches(
-            chosen, batch=EVALUATION_BATCH, preparation=preparation, device=str(like.device), dtype=like.dtype
-        )
+        given = batches_for(model, chosen, preparation=preparation)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:

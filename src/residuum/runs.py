@@ -29,8 +29,8 @@ from residuum.progress import Bar, quiet
 from residuum.rates import Cosine, Steps
 from residuum.results import write_findings, write_profile, write_provenance, write_run
 from residuum.runfolders import CHECKPOINT, FORMAT, locked, log
-from residuum.training import Row, TrainConfig, train
-from residuum.watching import AfterEpoch, gradient_ratios, recalibration
+from residuum.training import AfterEpoch, Row, TrainConfig, train
+from residuum.watching import gradient_ratios, recalibration
 
 _MADE = "digitclutter"  # the data set that is made, not read
 _FILE = "FILE.npz"  # stands for the place of a file in what a key is made of

@@ -25,11 +25,13 @@ from residuum.layouts import arranged, fast_layout
 from residuum.names import unknown
 from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
+from residuum.progress import Show
 from residuum.rates import Rate, Steps
 from residuum.solve import ConvergenceError
 from residuum.solving import Solves, added, summary
 
 Row = dict[str, Any]  # one epoch of a history
+AfterEpoch = Callable[[nn.Module], Row]
 EVALUATION_BATCH = 500
 
 
@@ -103,6 +105,14 @@ class TrainConfig:
         return asdict(self) | {"rate": repr(self.rate), "coupling": coupling}
 
 
+def batches_for(
+    model: nn.Module, data: ImageSet, *, batch: int = EVALUATION_BATCH, preparation: Preparation | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`batches` where a model works and in its number format."""
+    like = next(model.parameters())
+    return batches(data, batch=batch, preparation=preparation, device=str(like.device), dtype=like.dtype)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: ImageSet, *, loss: Loss = label_loss, preparation: Preparation | None = None
@@ -122,10 +132,8 @@ def evaluate(
     outputs: list[Tensor] = []  # what the model gave to the loss, so that it runs once
     handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     model.eval()
-    like = next(model.parameters())
-    there = {"preparation": preparation, "device": str(like.device), "dtype": like.dtype}
     try:
-        for x, y in batches(data, batch=EVALUATION_BATCH, **there):
+        for x, y in batches_for(model, data, preparation=preparation):
             total += len(y) * loss(model, x, y).item()
             output = outputs[-1] if outputs else model(x)
             right += int(correct(output, y).sum())
@@ -146,8 +154,8 @@ def train(
     *,
     loss: Loss = label_loss,
     after_backward: Callable[[nn.Module, float], None] | None = None,
-    after_epoch: Callable[[nn.Module], Row] | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    after_epoch: AfterEpoch | None = None,
+    progress: Show | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
 ) -> list[Row]:
@@ -244,7 +252,7 @@ class Training:
         loss: Loss,
         group: Group,
         after_backward: Callable[[nn.Module, float], None] | None,
-        progress: Callable[[int, str], None] | None,
+        progress: Show | None,
     ) -> None:
         self.model, self.data, self.config, self.group = model, data, config, group
         self.loss = loss if config.penalty is None else penalised(config.penalty, loss)

@@ -1,20 +1,16 @@
 """What to follow over the epochs of a training: functions for `train(after_epoch=...)`, which add to its history."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from residuum.data import ImageSet, Splits, batches
+from residuum.data import Splits
 from residuum.models import ResNet
 from residuum.nulls import recalibrated
 from residuum.probes.passive import norm, ratio
 from residuum.probes.readout import Reader
 from residuum.readings import finite
-from residuum.training import EVALUATION_BATCH, Row, evaluate
-
-AfterEpoch = Callable[[nn.Module], Row]
+from residuum.training import AfterEpoch, Row, batches_for, evaluate
 
 
 def gradient_ratio(
@@ -55,14 +51,13 @@ def gradient_ratio(
     return ratio(norm(down), norm(up))
 
 
-def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100, seed: int = 0) -> AfterEpoch:
+def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100) -> AfterEpoch:
     """Follow `gradient_ratio` on training and test images.
 
     Args:
-        data: Training and test split, of each of which so many images are drawn.
-        images: How many.
+        data: Training and test split.
+        images: At most so many of each are drawn.
         batch: Images at a time.
-        seed: Of the draw.
 
     Returns:
         A function for `after_epoch`, which gives "train_gradient_ratio" and "test_gradient_ratio": means over images;
@@ -70,14 +65,12 @@ def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100, seed: 
 
     Source: P1 (Jastrzebski et al. 2018), figure 8; there on the batches of both splits.
     """
-    parts = [part.take(min(images, len(part)), seed=seed) for part in data]
+    parts = [part.take(images, seed=0) for part in data]
 
     def look(model: nn.Module) -> Row:
-        like, row = next(model.parameters()), {}
+        row = {}
         for part in parts:
-            prepared = batches(
-                part, batch=batch, preparation=data.train.preparation, device=str(like.device), dtype=like.dtype
-            )
+            prepared = batches_for(model, part, batch=batch, preparation=data.train.preparation)
             mean = torch.cat([gradient_ratio(model, x, y).double() for x, y in prepared]).mean().item()
             row[f"{part.split}_gradient_ratio"] = finite(mean)
         return row
@@ -85,14 +78,12 @@ def gradient_ratios(data: Splits, *, images: int = 500, batch: int = 100, seed: 
     return look
 
 
-def recalibration(data: Splits, *, images: int = 1000, batch: int = EVALUATION_BATCH, seed: int = 0) -> AfterEpoch:
+def recalibration(data: Splits) -> AfterEpoch:
     """Follow what a shared network would reach with batch-norm statistics of each application: `recalibrated`.
 
     Args:
-        data: Training and test split; the statistics are those of training images without augmentation.
-        images: How many of them.
-        batch: Images that are normalised together.
-        seed: Of the draw.
+        data: Training and test split; the statistics are those of at most 1000 training images without augmentation,
+            normalised 500 together.
 
     Returns:
         A function for `after_epoch`, which gives "recalibrated_test_loss" and "recalibrated_test_accuracy"; as they
@@ -100,11 +91,10 @@ def recalibration(data: Splits, *, images: int = 1000, batch: int = EVALUATION_B
 
     Source: as `recalibrated`.
     """
-    chosen: ImageSet = data.train.take(min(images, len(data.train)), seed=seed)
+    chosen = data.train.take(1000, seed=0)
 
     def look(model: nn.Module) -> Row:
-        like = next(model.parameters())
-        again = recalibrated(model, batches(chosen, batch=batch, device=str(like.device), dtype=like.dtype))
+        again = recalibrated(model, batches_for(model, chosen))
         found = evaluate(again, data.test, preparation=data.train.preparation)
         return {f"recalibrated_test_{name}": value for name, value in found.items()}
 
