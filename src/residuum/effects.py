@@ -96,15 +96,14 @@ def paired(
     return mean_over([after[key] - before[key] for key in common], over, level=level)
 
 
-def slope(depths: Sequence[float | int], values: Sequence[float | int], *, level: float = LEVEL) -> Effect:
+def slope(depths: Sequence[float | int], values: Sequence[float | int]) -> Effect:
     """Slope of log value against log depth by least squares, with Student's interval of the regression.
 
     With two points the line fits them, so there is no interval. -1 is a fall like 1 / L; 1 doubles with each doubling.
 
     Args:
         depths: Positive, at least two different ones.
-        values: Positive.
-        level: Of the interval, which takes the points to scatter about a line.
+        values: Positive. The interval takes the points to scatter about a line.
 
     Raises:
         ValueError: If a number is not positive, or all depths are one.
@@ -118,10 +117,10 @@ def slope(depths: Sequence[float | int], values: Sequence[float | int], *, level
         raise ValueError(f"slope: needs at least two different depths, given {list(depths)}")
     rise = float((x - x.mean()) @ (y - y.mean())) / spread
     if len(x) == 2:
-        return Effect(rise, -math.inf, math.inf, 2, "depths", level)
+        return Effect(rise, -math.inf, math.inf, 2, "depths")
     left = float(((y - y.mean() - rise * (x - x.mean())) ** 2).sum())
-    half = _student(level, len(x) - 2) * math.sqrt(left / (len(x) - 2) / spread)
-    return Effect(rise, rise - half, rise + half, len(x), "depths", level)
+    half = _student(LEVEL, len(x) - 2) * math.sqrt(left / (len(x) - 2) / spread)
+    return Effect(rise, rise - half, rise + half, len(x), "depths")
 
 
 def over_examples(
@@ -129,8 +128,6 @@ def over_examples(
     statistic: Callable[[np.ndarray], float],
     *,
     draws: int = 1000,
-    seed: int = 0,
-    level: float = LEVEL,
 ) -> Effect:
     """A statistic of column means with its percentile bootstrap interval: whole rows are drawn, so columns stay paired.
 
@@ -138,14 +135,12 @@ def over_examples(
         values: One row per example, columns of all networks that are compared; nan where undefined.
         statistic: Of the means of the columns, such as the difference of two.
         draws: Number of draws.
-        seed: Of the draws.
-        level: Of the interval.
 
     Returns:
         The effect. It says what other examples would give for these networks, and nothing about other seeds. Of one
         example its interval is everything.
     """
-    generator, n = np.random.default_rng(seed), len(values)
+    generator, n = np.random.default_rng(0), len(values)
     table = torch.from_numpy(np.asarray(values, dtype=float))
 
     def of(times: np.ndarray) -> list[float]:
@@ -156,13 +151,13 @@ def over_examples(
         return np.stack([np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(many)])
 
     found = [value for start in range(0, draws, _AT_ONCE) for value in of(draw(min(_AT_ONCE, draws - start)))]
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     with np.errstate(invalid="ignore"):  # between two infinite draws
         low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
-    return Effect(of(np.ones((1, n)))[0], float(low), float(high), n, "examples", level)
+    return Effect(of(np.ones((1, n)))[0], float(low), float(high), n, "examples")
 
 
-def share(count: int, n: int, *, level: float = LEVEL) -> Effect:
+def share(count: int, n: int) -> Effect:
     """A share of n examples with the exact (Clopper-Pearson) interval.
 
     Raises:
@@ -172,10 +167,10 @@ def share(count: int, n: int, *, level: float = LEVEL) -> Effect:
 
     if not 0 <= count <= n or not n:
         raise ValueError(f"share: {count} of {n} is none")
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low = beta.ppf(tail, count, n - count + 1) if count else 0.0
     high = beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
-    return Effect(count / n, float(low), float(high), n, "examples", level)
+    return Effect(count / n, float(low), float(high), n, "examples")
 
 
 def _student(level: float, freedom: int) -> float:

@@ -191,22 +191,22 @@ class SectionTheory:
     scaled_distance: float
 
 
-def null_theory(lengths: Sequence[int], *, variance: float = 2.0) -> tuple[SectionTheory, ...]:
+def null_theory(lengths: Sequence[int]) -> tuple[SectionTheory, ...]:
     """Scaled perturbation and distance of an untrained pre-activation network with calibrated batch norm.
 
     Batch norm makes a branch independent of the size of the state, and He-normal weights give each of its entries
     variance about 1. So the variance of the state grows by 1 per block:
-    `q_l = 1 / sqrt(v0 + l)`, `d_scaled = 2 (sqrt(v0 + L) - sqrt(v0))`.
+    `q_l = 1 / sqrt(v0 + l)`, `d_scaled = 2 (sqrt(v0 + L) - sqrt(v0))`, with v0 = 2 after a He-normal stem on
+    standardised images.
     A He-normal 1x1 transition doubles it: `v0(s+1) = 2 (v0(s) + L_s)`. Zero padding, left out here, lowers the variance
     of the branch, the more so the smaller the images; +-25 % is a fair tolerance for 28x28 and 32x32.
 
     Args:
         lengths: Blocks of each section.
-        variance: v0 of the first section; 2 after a He-normal stem on standardised images.
 
     Source: derived for P2's network (Hauser 2019, section 3); P2 itself shows no curves at initialisation.
     """
-    found = []
+    variance, found = 2.0, []
     for length in lengths:
         steps = tuple(1 / math.sqrt(variance + k) for k in range(length))
         found.append(SectionTheory(variance, steps, 2 * (math.sqrt(variance + length) - math.sqrt(variance))))
