@@ -348,7 +348,7 @@ class DataDigitclutter:
     Attributes:
         out: File to write, FILE.npz, which train and probe read.
         digits: Digits in each image, all different.
-        debris: Fragments of digits over the image: 0, 10, 30 or 50.
+        debris: Fragments of digits over the image: none, or 10 (light), 30 (medium) or 50 (heavy).
         n: Training images.
         test: Test images.
         grey: float, or overflow for the values of the reference generator, whose sums overflow 8 bits.

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def shade(self) -> int:
-        """0 (hardly a change) to 4 (longer than the state), for the drawing of the network."""
+        """0 (hardly a change) to 4 (longer than the state), for the drawing of the network; -1: not measured."""
         return -1 if self.step is None else shade(self.step.mean)
 
     @property
