@@ -21,7 +21,7 @@ from residuum.progress import Bar, Show, quiet
 from residuum.solve import Dense, NewtonKrylov
 from residuum.toys import examples, measures
 from residuum.toys.examples import Example
-from residuum.toys.networks import Chain, DirectTheta, Run, Stiff, Turning, refine_
+from residuum.toys.networks import Chain, DirectTheta, Passage, Stiff, Turning, refine_
 from residuum.toys.problems import PREY, arms, lotka_volterra, sine, spirals, stiff, two_arms, wave
 from residuum.toys.truncation import truncation
 
@@ -320,10 +320,10 @@ def test_the_wave_is_the_papers() -> None:
     assert (train.x.min(), train.x.max()) == (-5, 5)
     assert torch.equal(train.y, torch.sin(train.x))
     network = replace(PAPER["wave"], seeds=(0, 1)).network()
-    run = network(train.x.flatten(0, 1))
-    assert torch.equal(run.states[0], torch.cat([train.x, torch.zeros_like(train.x)], 2).flatten(0, 1))
-    assert torch.equal(run.output[:, 0], run.states[-1][:, 1])
-    assert len(run.states) == 6
+    passage = network(train.x.flatten(0, 1))
+    assert torch.equal(passage.states[0], torch.cat([train.x, torch.zeros_like(train.x)], 2).flatten(0, 1))
+    assert torch.equal(passage.output[:, 0], passage.states[-1][:, 1])
+    assert len(passage.states) == 6
     assert sum(p.numel() for p in network.parameters()) == 2 * (2 * 10 + 10 + 3 * (10 * 10 + 10) + 10 * 2)
     for layer in network.blocks[0].branch:
         assert torch.allclose(layer.weight.norm(dim=(1, 2)), torch.ones(2, dtype=torch.float64))
@@ -337,9 +337,9 @@ def test_penalties_of_the_wave_are_those_of_exact_jacobians(theta: float) -> Non
     """
     example = replace(PAPER["wave"], theta=theta, depth=3, time=3.0, width=4, seeds=(0, 1), divergence=0.7, tol=1e-12)
     network, x = example.network(), torch.randn(10, 1, dtype=torch.float64)
-    run = network(x)
-    found = examples._along_the_path(example, network, run)
-    f, held = network.blocks[0].branch, [h.detach() for h in run.states]
+    passage = network(x)
+    found = examples._along_the_path(example, network, passage)
+    f, held = network.blocks[0].branch, [h.detach() for h in passage.states]
     expected = []
     for member in range(2):
         total = torch.zeros((), dtype=torch.float64)
@@ -366,9 +366,9 @@ def test_a_penalised_divergence_falls(tmp_path: Path) -> None:
         example = replace(PAPER["wave"], depth=1, epochs=20, time=1.0, rates=(0.01,), divergence=divergence)
         executed(example, tmp_path / str(divergence))
         network, problem = example.trained(tmp_path / str(divergence)), example.data()
-        run = network(problem.train.x[0])
+        passage = network(problem.train.x[0])
         alone = replace(example, divergence=1.0, jacobian=0.0)
-        mean[divergence] = examples._along_the_path(alone, network, run).item()
+        mean[divergence] = examples._along_the_path(alone, network, passage).item()
     assert mean[1.0] < mean[0.0] - 0.05
 
 
@@ -406,8 +406,8 @@ def test_arms_are_moved_along_the_radius(tmp_path: Path) -> None:
     on, of = (torch.cat([split[part][0] for split in arms((0,))]) for part in (0, 1))
 
     class Nearest(nn.Module):
-        def forward(self, x: Tensor) -> Run:
-            return Run(of[torch.cdist(x, on).argmin(1)] - 0.5, [], [])
+        def forward(self, x: Tensor) -> Passage:
+            return Passage(of[torch.cdist(x, on).argmin(1)] - 0.5, [], [])
 
     right = [measures.shifted_accuracy(Nearest(), 1, by)[0] for by in (0.0, 0.33, 0.7)]
     assert right[0] == 1.0

@@ -31,7 +31,7 @@ from residuum.toys.networks import (
     Flow,
     Last,
     Loss,
-    Run,
+    Passage,
     Scaled,
     Stiff,
     crossed,
@@ -347,10 +347,10 @@ def _batches(example: Example, pairs: Pairs, epoch: int) -> Iterable[tuple[Tenso
         yield pairs.x[which, some].flatten(0, 1), pairs.y[which, some].flatten(0, 1)
 
 
-def losses_of(example: Example, run: Run, y: Tensor) -> Tensor:
+def losses_of(example: Example, passage: Passage, y: Tensor) -> Tensor:
     """Of each example; of orbits at the steps that are trained on."""
     steps = slice(example.every - 1, None, example.every)
-    output, y = (run.output[:, steps], y[:, steps]) if example.orbits else (run.output, y)
+    output, y = (passage.output[:, steps], y[:, steps]) if example.orbits else (passage.output, y)
     return LOSSES[example.problem](output, y)
 
 
@@ -366,14 +366,14 @@ def _train_step(
     """One step of every member that is alive; of each, why it failed. Those that failed get weights of 0."""
     count = len(alive)
     optimiser.zero_grad()
-    run = network(x)
-    losses = losses_of(example, run, y).view(count, -1).mean(1)
+    passage = network(x)
+    losses = losses_of(example, passage, y).view(count, -1).mean(1)
     if example.variation:
         losses = losses + example.variation * network.variation()
     if example.divergence or example.jacobian:
-        losses = losses + _along_the_path(example, network, run)
+        losses = losses + _along_the_path(example, network, passage)
     losses[torch.tensor(alive)].sum().backward()
-    finite, solved = losses.detach().isfinite(), run.solved(count)
+    finite, solved = losses.detach().isfinite(), passage.solved(count)
     fine = finite & solved & torch.tensor(alive)
     before = [p.detach().clone() for p in network.parameters()]
     optimiser.step()
@@ -386,13 +386,13 @@ def _train_step(
     return [None if s and f else "not solved" if f else "not finite" for f, s in reasons]
 
 
-def _along_the_path(example: Example, network: Chain, run: Run) -> Float[Tensor, " member"]:
+def _along_the_path(example: Example, network: Chain, passage: Passage) -> Float[Tensor, " member"]:
     """The penalties of "wave" on its one right-hand side, of each member: `penalties.Penalty` of power 2, not squashed.
 
     Of exact traces and norms. The states are constants in its gradient, as in the paper's code.
     """
     f, dt = right_hand_side(network.blocks[0])
-    h = torch.stack(run.states, 1).detach()
+    h = torch.stack(passage.states, 1).detach()
     rows, points, d = h.shape
     unit = math.sqrt(d) * torch.eye(d, dtype=h.dtype)  # of these as probes both estimates are exact
     _, trace, square = hutchinson(f, h.flatten(0, 1), unit[:, None].expand(d, rows * points, d))
@@ -409,12 +409,12 @@ def _row(example: Example, network: nn.Module, problem: Problem, failed: Sequenc
     found: dict[str, Tensor] = {}
     for name, pairs in zip(Problem._fields, problem, strict=True):
         y = pairs.y.flatten(0, 1)
-        run = network(pairs.x.flatten(0, 1))
-        losses = losses_of(example, run, y) if name == "train" else LOSSES[example.problem](run.output, y)
+        passage = network(pairs.x.flatten(0, 1))
+        losses = losses_of(example, passage, y) if name == "train" else LOSSES[example.problem](passage.output, y)
         found[f"{name}_loss"] = losses.view(len(failed), -1).mean(1)
         if LOSSES[example.problem] is crossed:
-            found[f"{name}_accuracy"] = ((run.output > 0) == (y > 0.5)).view(len(failed), -1).double().mean(1)
-        found["solved"], found["steps"] = run.solved(len(failed)), run.steps(len(failed))
+            found[f"{name}_accuracy"] = ((passage.output > 0) == (y > 0.5)).view(len(failed), -1).double().mean(1)
+        found["solved"], found["steps"] = passage.solved(len(failed)), passage.steps(len(failed))
     lists = {name: value.tolist() for name, value in found.items()}
     fine = [why is None and math.isfinite(loss) for why, loss in zip(failed, lists["validation_loss"], strict=True)]
     return {name: [v if ok else None for v, ok in zip(row, fine, strict=True)] for name, row in lists.items()}

@@ -16,8 +16,8 @@ SHIFTS = (0.0, 0.1, 0.2, 0.33, 0.4, 0.5)  # of "arms", which are 1 apart
 def jacobians(network: Chain, x: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values, from the largest, of the Jacobians input -> last state and first -> last state, per row."""
     with torch.enable_grad():
-        run = network(x.clone().requires_grad_())
-        first, last = run.states[0], run.states[-1]
+        passage = network(x.clone().requires_grad_())
+        first, last = passage.states[0], passage.states[-1]
         columns = [torch.autograd.grad(last[:, i].sum(), first, retain_graph=True)[0] for i in range(last.shape[1])]
     inner = torch.stack(columns, 1)
     lift = network.lift.weight.detach().mT

@@ -25,7 +25,7 @@ _DAMPED, _HALVED, _STUCK = 200, 20, 10
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Passage:
     """What a network made of a batch.
 
     Attributes:
@@ -245,11 +245,11 @@ class Chain(nn.Module):
         self.lift, self.blocks, self.readout = lift, nn.ModuleList(blocks), readout
         self.times = times
 
-    def forward(self, x: Float[Tensor, "row entry"]) -> Run:
+    def forward(self, x: Float[Tensor, "row entry"]) -> Passage:
         """Run all members."""
         with parametrize.cached():
             states, solutions = _walk(self.lift(x), list(self.blocks) * self.times)
-        return Run(self.readout(states[-1]), states, solutions)
+        return Passage(self.readout(states[-1]), states, solutions)
 
     def variation(self) -> Float[Tensor, " member"]:
         """`1/L sum_t |K_t - K_(t-1)|^2`, the variation of the weights along depth, of each member."""
@@ -324,11 +324,11 @@ class Flow(nn.Module):
         super().__init__()
         self.block, self.times, self.shown = step(branch), times, shown
 
-    def forward(self, x: Float[Tensor, "row entry"]) -> Run:
+    def forward(self, x: Float[Tensor, "row entry"]) -> Passage:
         """Run all members."""
         with parametrize.cached():
             states, solutions = _walk(x, [self.block] * self.times)
-        return Run(torch.stack(states[1:], 1)[..., : self.shown], states, solutions)
+        return Passage(torch.stack(states[1:], 1)[..., : self.shown], states, solutions)
 
 
 def _walk(h: Tensor, blocks: Iterable[nn.Module]) -> tuple[list[Tensor], list[Solution]]:
