@@ -65,6 +65,15 @@ def test_what_is_not_known_is_inconclusive(effect: Effect) -> None:
     assert {one.verdict for one in found} == {"inconclusive"}
 
 
+def test_an_end_that_is_near_its_bound_has_as_many_digits_as_tell_them_apart() -> None:
+    found = above(Effect(0.9949, 0.98917, 1.00003, 3, "seeds"), 1.0)
+    assert (found.verdict, found.value) == (
+        "inconclusive",
+        "0.9949 [0.98917, 1.00003] (95% over 3 seeds); must be above 1",
+    )
+    assert above(Effect(2.0, 1.0, 3.0, 3, "seeds"), 1.0).value.startswith("2 [1, 3] (95%")
+
+
 def test_counts_are_equal_or_not() -> None:
     assert equals(1_742_762, 1_742_762).verdict == "pass"
     assert equals(1_742_763, 1_742_762).verdict == "fail"

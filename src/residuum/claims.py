@@ -47,7 +47,7 @@ def at_least(effect: Effect, threshold: float) -> Obtained:
         effect: What was found; without an interval, or undefined, it is inconclusive.
         threshold: A constant of the code, with its reason there.
     """
-    return _judged(effect, f"at least {threshold:g}", effect.low >= threshold, effect.high < threshold)
+    return _judged(effect, f"at least {threshold:g}", effect.low >= threshold, effect.high < threshold, threshold)
 
 
 def at_most(effect: Effect, threshold: float) -> Obtained:
@@ -56,23 +56,23 @@ def at_most(effect: Effect, threshold: float) -> Obtained:
     "Does not improve" is `at_most(gain, 0.005)` with an effect of level 0.90, whose upper end is the one-sided bound of
     95 %.
     """
-    return _judged(effect, f"at most {threshold:g}", effect.high <= threshold, effect.low > threshold)
+    return _judged(effect, f"at most {threshold:g}", effect.high <= threshold, effect.low > threshold, threshold)
 
 
 def above(effect: Effect, threshold: float) -> Obtained:
     """Like `at_least`, for what is claimed to be more: an interval that touches the threshold does not pass."""
-    return _judged(effect, f"above {threshold:g}", effect.low > threshold, effect.high <= threshold)
+    return _judged(effect, f"above {threshold:g}", effect.low > threshold, effect.high <= threshold, threshold)
 
 
 def below(effect: Effect, threshold: float) -> Obtained:
     """Like `at_most`, for what is claimed to be less: an interval that touches the threshold does not pass."""
-    return _judged(effect, f"below {threshold:g}", effect.high < threshold, effect.low >= threshold)
+    return _judged(effect, f"below {threshold:g}", effect.high < threshold, effect.low >= threshold, threshold)
 
 
 def between(effect: Effect, low: float, high: float) -> Obtained:
     """Pass if the interval lies in a range, fail if all of it lies outside, else inconclusive."""
     inside = low <= effect.low and effect.high <= high
-    return _judged(effect, f"between {low:g} and {high:g}", inside, effect.high < low or effect.low > high)
+    return _judged(effect, f"between {low:g} and {high:g}", inside, effect.high < low or effect.low > high, low, high)
 
 
 def equals(value: object, expected: object) -> Obtained:
@@ -97,9 +97,9 @@ def every(parts: Iterable[Obtained]) -> Obtained:
     return Obtained("; ".join(dict.fromkeys(part.value for part in parts)), verdict, effects)
 
 
-def _judged(effect: Effect, rule: str, holds: bool, fails: bool) -> Obtained:
+def _judged(effect: Effect, rule: str, holds: bool, fails: bool, *bounds: float) -> Obtained:
     verdict = "inconclusive" if math.isnan(effect.value) else "pass" if holds else "fail" if fails else "inconclusive"
-    return Obtained(f"{effect}; must be {rule}", verdict, (effect,))
+    return Obtained(f"{effect.words(bounds)}; must be {rule}", verdict, (effect,))
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,23 @@ class Effect:
     level: float = LEVEL
 
     def __str__(self) -> str:
+        return self.words()
+
+    def words(self, beside: Sequence[float] = ()) -> str:
+        """The number and its interval in four digits, or in as many as show on which side of some numbers its ends lie.
+
+        Args:
+            beside: What the ends are compared with.
+        """
         if math.isnan(self.value):
             return "undefined"
         if not math.isfinite(self.high - self.low):
             why = "too few for an interval" if math.isfinite(self.value) else "without an interval"
             return f"{self.value:.4g} ({self.n} {self.over}, {why})"
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] ({self.level:.0%} over {self.n} {self.over})"
+        ends = self.low, self.high
+        digits = next(d for d in (4, 6, 9, 17) if not any(float(f"{e:.{d}g}") == b != e for e in ends for b in beside))
+        low, high = (f"{end:.{digits}g}" for end in ends)
+        return f"{self.value:.4g} [{low}, {high}] ({self.level:.0%} over {self.n} {self.over})"
 
     def describe(self) -> dict[str, float | int | str | None]:
         """The effect as JSON values; None for what is infinite or undefined."""
