@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from residuum.checkpoints import CheckpointError
 from residuum.data import Splits
 from residuum.layers.coupling import Coupling
 from residuum.training import TrainConfig, label_loss, train
@@ -126,10 +127,46 @@ def test_a_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -
     run(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"belongs to another network.*delete it to start anew"):
         train(Small(norm=False), data(), TrainConfig(epochs=2, batch=30, lr=0.05), checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"belongs to another network.*nothing.*delete it to start anew"):
+        train(with_buffer(), data(), TrainConfig(epochs=2, batch=30, lr=0.05), checkpoint=tmp_path / "checkpoint")
     content = (tmp_path / "checkpoint").read_bytes()
-    (tmp_path / "checkpoint").write_bytes(content.replace(b"residuum checkpoint 1", b"residuum checkpoint 9"))
-    with pytest.raises(ValueError, match=r"has the format 'residuum checkpoint 9', expected 'residuum checkpoint 1'"):
+    (tmp_path / "checkpoint").write_bytes(content.replace(b"residuum checkpoint 2", b"residuum checkpoint 1"))
+    with pytest.raises(ValueError, match=r"has the format 'residuum checkpoint 1', expected 'residuum checkpoint 2'"):
         run(tmp_path / "checkpoint")
+
+
+def with_buffer() -> nn.Module:
+    """The same parameters and one more buffer."""
+    model = Small(norm=True)
+    model.register_buffer("nothing", torch.zeros(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (("stem",), ("inner",), r"inner.weight .* in group 0 there, stem.weight \(6, 1, 3, 3\) in group 0 here"),
+        ((), ("stem", "norm", "dense"), r"stem.weight .* in group 0 there, inner.weight .* in group 0 here"),
+        (("dense",), (), r"stem.bias \(6,\) in group 1 there, dense.weight \(10, 6\) in group 0 here"),
+    ],
+)
+def test_a_checkpoint_with_other_layers_frozen_is_refused(
+    tmp_path: Path, there: tuple[str, ...], here: tuple[str, ...], message: str
+) -> None:
+    """The optimiser knows its state by position: it would give the momentum of one layer to another, or crash."""
+
+    def frozen(names: tuple[str, ...]) -> None:
+        model = Small(norm=True)
+        for name in names:
+            getattr(model, name).requires_grad_(False)
+        train(model, data(), TrainConfig(epochs=1, batch=50), checkpoint=tmp_path / "checkpoint")
+
+    frozen(there)
+    before = (tmp_path / "checkpoint").read_bytes()
+    with pytest.raises(CheckpointError, match=rf"other parameters are trained \({message}\); .*delete it"):
+        frozen(here)
+    assert (tmp_path / "checkpoint").read_bytes() == before
+    frozen(there)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:

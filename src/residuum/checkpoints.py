@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from residuum.files import read_tensors, restore_, stored, write_tensors
 from residuum.names import one_line
 
-_FORMAT = "residuum checkpoint 1"
+_FORMAT = "residuum checkpoint 2"
 
 
 class CheckpointError(ValueError):
@@ -80,7 +81,8 @@ def save(
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{name}": v for name, v in state.items() if isinstance(v, Tensor)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_tensors(path, tensors, {"progress": vars(progress), "about": about}, format=_FORMAT)
+    content = {"progress": vars(progress), "about": about, "trained": _trained(model, optimiser)}
+    write_tensors(path, tensors, content, format=_FORMAT)
 
 
 def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, about: dict[str, Any]) -> Progress:
@@ -98,7 +100,13 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
     Raises:
         CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
     """
-    tensors, progress = _read(path, about)
+    tensors, content = _read(path, about)
+    pairs = zip_longest(content["trained"], _trained(model, optimiser), fillvalue="none")
+    if different := [f"{theirs} there, {own} here" for theirs, own in pairs if theirs != own]:
+        raise CheckpointError(
+            f"{path} belongs to another network, or to one of which other parameters are trained ({different[0]}); "
+            "use the same one, or delete it to start anew"
+        )
     try:
         restore_(model, {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     except RuntimeError as error:
@@ -115,7 +123,7 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
             kept = torch.empty_like(like).copy_(value) if value.shape == like.shape and value.ndim else value
             state.setdefault(int(index), {})[name] = kept
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return progress
+    return _progress(content)
 
 
 def progress_of(path: Path, about: dict[str, Any]) -> Progress:
@@ -128,15 +136,27 @@ def progress_of(path: Path, about: dict[str, Any]) -> Progress:
     Raises:
         CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run.
     """
-    return _read(path, about)[1]
+    return _progress(_read(path, about)[1])
 
 
-def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
+def _trained(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
+    """The parameters in the order by which the optimiser knows its state."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = enumerate(optimiser.param_groups)
+    return [f"{names[id(p)]} {tuple(p.shape)} in group {number}" for number, group in groups for p in group["params"]]
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    found = content["progress"]
+    return Progress(**found | {"history": tuple(found["history"])})
+
+
+def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors, content = read_tensors(path, format=_FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
-    theirs, progress = content["about"], content["progress"]
+    theirs = content["about"]
     about = json.loads(json.dumps(about))  # as it was written: a tuple is a list there
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]
     if different:
@@ -144,4 +164,4 @@ def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], Progres
             f"{path} belongs to a training that would not end with the same bits ({'; '.join(different)}); "
             "use the same settings, or delete it to start anew"
         )
-    return tensors, Progress(**progress | {"history": tuple(progress["history"])})
+    return tensors, content
