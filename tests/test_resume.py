@@ -1,6 +1,7 @@
 """A training that was stopped, in whatever way, ends with the bits with which it would have ended."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from residuum.checkpoints import CheckpointError
+from residuum.checkpoints import CheckpointError, Progress, resume_, save
 from residuum.data import Splits
 from residuum.layers.coupling import Coupling
 from residuum.training import TrainConfig, label_loss, train
@@ -176,6 +177,39 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
         (tmp_path / "checkpoint").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is no file of residuum, or is incomplete.*delete it to start anew"):
             run(tmp_path / "checkpoint")
+
+
+def test_no_flipped_bit_passes_for_what_was_written(tmp_path: Path) -> None:
+    """Of every byte, in numbers, names, history and settings; a flip that changes nothing that is read is none."""
+
+    def model() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        made = nn.Linear(3, 2)
+        return made, torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
+
+    def everything() -> str:
+        network, again = model()
+        read = resume_(tmp_path / "checkpoint", network, again, {"lr": 0.1})
+        momenta = [state["momentum_buffer"] for state in again.state.values()]
+        return repr((read, [value.tolist() for value in (*network.parameters(), *momenta)]))
+
+    made, optimiser = model()
+    made(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    save(tmp_path / "checkpoint", made, optimiser, Progress(1, 2, 3.5, ({"epoch": 1, "loss": math.nan},)), {"lr": 0.1})
+    written, content = everything(), (tmp_path / "checkpoint").read_bytes()
+    found = []
+    for number in range(len(content)):
+        flipped = bytearray(content)
+        flipped[number] ^= 1 << number % 7
+        (tmp_path / "checkpoint").write_bytes(flipped)
+        try:
+            found.append(everything())
+        except CheckpointError as error:
+            found.append(str(error))
+    refused = ["delete it to start anew" in said for said in found]
+    assert sum(refused) > 0.95 * len(content)
+    assert all(said == written for said, no in zip(found, refused, strict=True) if not no)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

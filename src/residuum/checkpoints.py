@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def save(
         tensors |= {f"optimiser/{index}/{name}": v for name, v in state.items() if isinstance(v, Tensor)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     content = {"progress": vars(progress), "about": about, "trained": _trained(model, optimiser)}
-    write_tensors(path, tensors, content, format=_FORMAT)
+    write_tensors(path, tensors, content | {"sha256": _sum(content, tensors)}, format=_FORMAT)
 
 
 def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, about: dict[str, Any]) -> Progress:
@@ -98,7 +99,7 @@ def resume_(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, abou
         How far the training was.
 
     Raises:
-        CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run; the message says which.
+        CheckpointError: If the file is no checkpoint, is damaged, or belongs to another run; the message says which.
     """
     tensors, content = _read(path, about)
     pairs = zip_longest(content["trained"], _trained(model, optimiser), fillvalue="none")
@@ -134,9 +135,18 @@ def progress_of(path: Path, about: dict[str, Any]) -> Progress:
         about: Settings, data and machine of this run.
 
     Raises:
-        CheckpointError: If the file is no checkpoint, is incomplete, or belongs to another run.
+        CheckpointError: If the file is no checkpoint, is damaged, or belongs to another run.
     """
     return _progress(_read(path, about)[1])
+
+
+def _sum(content: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of what a checkpoint holds; content is text in the same order before it is written and after."""
+    found = sha256(json.dumps(content).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _trained(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
@@ -156,6 +166,8 @@ def _read(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
         tensors, content = read_tensors(path, format=_FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{error}; delete it to start anew, or choose another output folder") from error
+    if content.pop("sha256", None) != _sum(content, tensors):
+        raise CheckpointError(f"{path} is damaged: it is not what was written; delete it to start anew")
     theirs = content["about"]
     about = json.loads(json.dumps(about))  # as it was written: a tuple is a list there
     different = [f"{k}: {theirs.get(k)} there, {about.get(k)} here" for k in about if theirs.get(k) != about[k]]

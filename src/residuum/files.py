@@ -87,7 +87,7 @@ def read_tensors(path: Path | str, *, format: str) -> tuple[dict[str, Tensor], A
     """Tensors and JSON content of a safetensors file of ours, whose header says "format" and "content".
 
     Raises:
-        ValueError: If the file is no safetensors file, is cut short, or has another format.
+        ValueError: If the file is no safetensors file, is cut short or damaged, or has another format.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -97,7 +97,10 @@ def read_tensors(path: Path | str, *, format: str) -> tuple[dict[str, Tensor], A
         raise ValueError(f"{path} is no file of residuum, or is incomplete: {error}") from error
     if metadata.get("format") != format:
         raise ValueError(f"{path} has the format {metadata.get('format')!r}, expected {format!r}")
-    return tensors, json.loads(metadata["content"])
+    try:
+        return tensors, json.loads(metadata["content"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: what it says of its tensors cannot be read") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], content: Any, *, format: str) -> None:
