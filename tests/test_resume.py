@@ -17,6 +17,7 @@ from torch import nn
 from residuum.checkpoints import CheckpointError, Progress, resume_, save
 from residuum.data import Splits
 from residuum.layers.coupling import Coupling
+from residuum.penalties import Loss, Penalty, penalised
 from residuum.training import TrainConfig, label_loss, train
 from trainer import Coupled, Small, data
 
@@ -340,3 +341,16 @@ def test_other_images_labels_or_losses_are_refused(tmp_path: Path) -> None:
             train(Small(norm=True), other, config, checkpoint=checkpoint)
     with pytest.raises(ValueError, match=r"loss: residuum\.answers\.label_loss there, test_resume\.another here"):
         train(Small(norm=True), given, config, loss=another, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_another_penalty_or_inner_loss_is_refused(tmp_path: Path) -> None:
+    def trained(penalty: Penalty, inner: Loss) -> None:
+        loss = penalised(penalty, inner, sections=lambda model: [model.sections[0]])
+        train(Coupled(), data(), TrainConfig(epochs=1, batch=50), loss=loss, checkpoint=tmp_path / "checkpoint")
+
+    trained(Penalty(variation=0.1), label_loss)
+    trained(Penalty(variation=0.1), label_loss)
+    with pytest.raises(CheckpointError, match=r"variation=0.1, .*label_loss.* there, .*variation=0.2, .* here.*delete"):
+        trained(Penalty(variation=0.2), label_loss)
+    with pytest.raises(CheckpointError, match=r"residuum.answers.label_loss, .* there, .*test_resume.another, .* here"):
+        trained(Penalty(variation=0.1), another)

@@ -1,8 +1,9 @@
-"""Words for errors: the nearest known name for one that was mistyped; a long text in one line."""
+"""Words for errors: the nearest known name for one that was mistyped; a long text in one line; names of functions."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
@@ -46,3 +47,8 @@ def one_line(error: BaseException) -> str:
     """The beginning of an error's text, in one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function, or of an object's class, with that of its module."""
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"

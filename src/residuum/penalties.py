@@ -19,7 +19,7 @@ from residuum.layers.held import held
 from residuum.layers.pairs import PairBlock
 from residuum.layers.sharing import unrolled
 from residuum.layers.steps import ExplicitBlock, RungeKuttaBlock, ThetaBlock, check_pure
-from residuum.names import unknown
+from residuum.names import name_of, unknown
 from residuum.spectra import Map, in_float32, widened
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -227,7 +227,7 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
         sections: model -> the blocks of each section, in the order in which they run.
 
     Returns:
-        The loss.
+        The loss; its name holds all three arguments.
 
     Raises:
         ValueError: From the loss, if other blocks have run than `sections` says, and what `terms` raises.
@@ -247,6 +247,8 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
                 for value in terms(settings, section, path).values()
             )
 
+    # A checkpoint knows a loss by its name.
+    with_penalties.__qualname__ = f"penalised({settings}, {name_of(loss)}, sections={name_of(sections)})"
     return with_penalties
 
 

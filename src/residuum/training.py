@@ -22,7 +22,7 @@ from residuum.layers.lipschitz import overshoot
 from residuum.layers.reversible import DriftError
 from residuum.layers.sharing import weights_of
 from residuum.layouts import arranged, fast_layout
-from residuum.names import unknown
+from residuum.names import name_of, unknown
 from residuum.penalties import Loss, Penalty, penalised
 from residuum.processes import Group, asked_to_stop, processes
 from residuum.progress import Show
@@ -410,7 +410,7 @@ def _about(training: "Training", loss: Loss) -> dict[str, Any]:
     about = training.config.describe() | here(training.group.size, training.device)
     about["labels"] = training.data.train.labelling
     about |= {f"{name} images": split.fingerprint() for name, split in training.data._asdict().items()}
-    about["loss"] = f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+    about["loss"] = name_of(loss)
     about["network"] = repr(getattr(training.model, "config", type(training.model).__name__))
     return about
 
