@@ -18,6 +18,7 @@ from residuum.checkpoints import CheckpointError, Progress, resume_, save
 from residuum.data import Splits
 from residuum.layers.coupling import Coupling
 from residuum.penalties import Loss, Penalty, penalised
+from residuum.rates import Steps
 from residuum.training import TrainConfig, label_loss, train
 from trainer import Coupled, Small, data
 
@@ -104,6 +105,16 @@ def test_ctrl_c_ends_the_step_writes_and_goes_on_later(tmp_path: Path) -> None:
     assert rows == history
     for name, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_learning_rate_in_the_history(tmp_path: Path) -> None:
+    """Epochs of one step; the optimiser that goes on still has the rate of the first."""
+    config = TrainConfig(epochs=2, batch=100, lr=0.05, rate=Steps(((0.5, 0.1),)))
+    history = run(None, config=config)[1]
+    assert [row["lr"] for row in history] == [0.05, 0.05 * 0.1]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "checkpoint", stop_at=2, config=config)
+    assert run(tmp_path / "checkpoint", config=config)[1] == history
 
 
 def test_a_complete_training_is_not_repeated(tmp_path: Path) -> None:

@@ -285,10 +285,14 @@ class Training:
                 self.progress(done, f"epoch {at.epoch + 1}/{self.config.epochs}, loss {value:.3f}")
             yield at
 
+    def _share(self, epoch: int, step: int) -> float:
+        """How much of the training is done before a step."""
+        return (epoch + step / self.count) / self.config.epochs
+
     def _step(self, x: Tensor, y: Tensor, at: Progress, images: int) -> float:
         """One step of the optimiser; the mean loss over its images."""
         config = self.config
-        share = (at.epoch + at.step / self.count) / config.epochs
+        share = self._share(at.epoch, at.step)
         for settings in self.optimiser.param_groups:
             settings["lr"] = config.lr * config.rate(share)
         try:
@@ -337,7 +341,8 @@ class Training:
         self.group.share_buffers(self.model)
         row = {
             "epoch": at.epoch + 1,
-            "lr": self.optimiser.param_groups[0]["lr"],
+            # Not the optimiser's: after a stop at the end of an epoch it has made no step yet.
+            "lr": self.config.lr * self.config.rate(self._share(at.epoch, self.count - 1)),
             "train_loss": at.total / len(self.images),
         }
         if (at.epoch + 1) % self.config.test_every == 0 or at.epoch + 1 == self.config.epochs:
