@@ -107,6 +107,25 @@ def test_ctrl_c_ends_the_step_writes_and_goes_on_later(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def test_a_stop_while_the_last_epoch_is_looked_at_is_not_lost(tmp_path: Path) -> None:
+    looks = []
+
+    def look(model: nn.Module) -> dict[str, int]:
+        looks.append(len(looks))
+        if len(looks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"look": len(looks)}
+
+    def trained() -> list[dict[str, float]]:
+        config = TrainConfig(epochs=2, batch=50)
+        return train(Small(norm=True), data(), config, after_epoch=look, checkpoint=tmp_path / "checkpoint")
+
+    with pytest.raises(KeyboardInterrupt):
+        trained()
+    assert [row["look"] for row in trained()] == [1, 2]
+    assert len(looks) == 2, "the training was complete and in the checkpoint"
+
+
 def test_a_stop_at_the_end_of_an_epoch_leaves_its_learning_rate_in_the_history(tmp_path: Path) -> None:
     """Epochs of one step; the optimiser that goes on still has the rate of the first."""
     config = TrainConfig(epochs=2, batch=100, lr=0.05, rate=Steps(((0.5, 0.1),)))

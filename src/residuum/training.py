@@ -197,7 +197,7 @@ def train(
             checkpoint is as for the next.
         FloatingPointError: If the loss is not finite; the message says where and what to do. The checkpoint is that of
             the last complete epoch or step before.
-        KeyboardInterrupt: If it was asked to stop; the checkpoint is written.
+        KeyboardInterrupt: If it was asked to stop, also after the last step; the checkpoint is written.
         CheckpointError: If the checkpoint is damaged or belongs to another loss, other settings, data, machine or
             numbers of threads or processes; a ValueError.
         ValueError: If network, data, loss and settings do not fit each other.
@@ -228,6 +228,8 @@ def train(
                 written = perf_counter()
         training.wrapped = model  # lets go of what belongs to the processes before they part
         model.eval()
+        if group.any(asked.is_set()):  # after the last step
+            raise KeyboardInterrupt
         return list(at.history)
 
 
