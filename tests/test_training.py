@@ -1,5 +1,6 @@
 """Training: it learns, repeats itself exactly, calls its functions, and stops when it diverges."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,21 @@ def test_correct_is_the_largest_output_or_the_m_largest() -> None:
     assert correct(output, several).tolist() == [True, False]
     assert found_classes(output, several).tolist() == [1, 0.5]
     assert found_classes(output, torch.zeros_like(several)).tolist() == [0, 0]
+
+
+def refused(model: nn.Module, digits: Splits) -> None:
+    with pytest.raises(ValueError, match="need 11 classes, the network has 10 outputs"):
+        train(model, digits._replace(train=replace(digits.train, labels=digits.train.labels + 1)), TrainConfig())
+
+
+@pytest.mark.parametrize("look", [lambda model, digits: evaluate(model, digits.test), refused])
+def test_every_module_is_put_back_into_its_mode(look: Callable[[nn.Module, Splits], object], digits: Splits) -> None:
+    """A batch norm that is frozen in a network in training mode stays frozen."""
+    model = ResNet(NETWORK).train()
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    modes = [module.training for module in model.modules()]
+    look(model, digits)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_with_several_labels_evaluation_says_the_share_of_classes_found(digits: Splits) -> None:

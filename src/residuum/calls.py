@@ -1,6 +1,7 @@
-"""Calls of modules: where the state stands among a block's arguments and in what it returns."""
+"""Calls of modules: where the state stands among a block's arguments and in what it returns; eval mode for a while."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +45,19 @@ def call_model(model: nn.Module, x: Any) -> Any:
     if isinstance(x, Mapping):
         return model(**x)
     return model(*x) if isinstance(x, tuple | list) else model(x)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within it; then every module is in the mode in which it was, a batch norm that is frozen too."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # a network may do more there than set modes
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def output_of(output: Any) -> Tensor:

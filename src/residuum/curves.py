@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from residuum.calls import evaluating
 from residuum.data import ImageSet, Preparation
 from residuum.probes import groups, margins, readouts
 from residuum.profiles import Profile, profile
@@ -49,13 +50,8 @@ def watch(
 
     def after_epoch(model: nn.Module) -> Row:
         given = batches_for(model, chosen, preparation=preparation)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             parts = groups(profile(model, given, [readouts, margins]))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         curves = {
             name if group == "all" else f"{group}_{name}": _by_section(part, name)
             for group, part in parts.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from residuum.answers import correct, found_classes, label_loss
-from residuum.calls import cuda_devices
+from residuum.calls import cuda_devices, evaluating
 from residuum.checkpoints import Progress, here, resume_, save
 from residuum.data import ImageSet, Preparation, Splits, TrainingImages, batches
 from residuum.layers.coupling import Coupling
@@ -117,7 +117,7 @@ def batches_for(
 def evaluate(
     model: nn.Module, data: ImageSet, *, loss: Loss = label_loss, preparation: Preparation | None = None
 ) -> dict[str, float]:
-    """Mean loss and accuracy over a split, in eval mode; the model's mode is put back.
+    """Mean loss and accuracy over a split, in eval mode; the modes of all its modules are put back.
 
     Args:
         model: The network.
@@ -128,11 +128,10 @@ def evaluate(
     Returns:
         "loss" and "accuracy"; for 0/1 labels also "digits", the mean of `found_classes`.
     """
-    training, total, right, found = model.training, 0.0, 0, 0.0
+    total, right, found = 0.0, 0, 0.0
     outputs: list[Tensor] = []  # what the model gave to the loss, so that it runs once
     handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
-    model.eval()
-    try:
+    with handle, evaluating(model):
         for x, y in batches_for(model, data, preparation=preparation):
             total += len(y) * loss(model, x, y).item()
             output = outputs[-1] if outputs else model(x)
@@ -140,9 +139,6 @@ def evaluate(
             if y.ndim == 2:
                 found += found_classes(output, y).sum().item()
             outputs.clear()
-    finally:
-        handle.remove()
-        model.train(training)
     result = {"loss": total / len(data), "accuracy": right / len(data)}
     return result if data.labels.ndim == 1 else result | {"digits": found / len(data)}
 
@@ -396,11 +392,10 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
                 )
     if loss is not label_loss:
         return
-    like, training = next(model.parameters()), model.training
-    with torch.no_grad():
+    like = next(model.parameters())
+    with torch.no_grad(), evaluating(model):
         x = data.train.preparation(data.train.images[:2].to(like.device)).to(like.dtype)
-        classes = model.eval()(x).shape[-1]
-    model.train(training)
+        classes = model(x).shape[-1]
     labels = torch.cat([split.labels for split in data])
     found = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     if found > classes or (labels.ndim == 2 and found != classes):
