@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from datafiles import write_npz
 from fakejobs import EACH, Fake, executions
 from residuum import runfolders, sweeps, worker
 from residuum.cli import main
@@ -18,7 +20,7 @@ from residuum.engines import orders, pool, workers
 from residuum.engines.pool import Pool
 from residuum.engines.ray import Ray
 from residuum.engines.slurm import Slurm
-from residuum.engines.workers import Doing, Each, Ended, Worker
+from residuum.engines.workers import Doing, Each, Ended, Tell, Worker
 from residuum.jobs import Settings
 from residuum.layers.coupling import Coupling
 from residuum.loading import returned
@@ -434,3 +436,33 @@ def test_a_sweep_carries_out_each_run_once(tmp_path: Path, capsys: pytest.Captur
     assert json.loads((out / "runs" / bad[2].key / "values.json").read_text())["resumed"] == 5
     assert sweep(good, out, engine).counts == {"complete": 6}
     assert len(executions(out)) == 12
+
+
+# In this process
+
+
+class Here:
+    """An engine of one worker that is this process."""
+
+    def check(self) -> None:
+        pass
+
+    def run(self, folders: Sequence[Path], tell: Tell) -> None:
+        for folder in folders:
+            tell(folder, Ended(**worker.carry_out(folder, lambda said: None)))
+
+
+def test_a_run_goes_on_where_its_file_is_now(tmp_path: Path) -> None:
+    """The key is of the content; the worker reads the place from run.json."""
+
+    def run(path: Path) -> Run:
+        data, config = DataConfig(str(path)), TrainConfig(epochs=1, batch=6)
+        return Run(ResNetConfig((1,), (4,), channels=3, classes=3), data, config)
+
+    before = run(write_npz(tmp_path / "before.npz"))
+    after = run((tmp_path / "before.npz").rename(tmp_path / "after.npz"))
+    assert before.key == after.key
+    assert sweep([before], tmp_path / "out", Here()).counts == {"half": 1}
+    assert sweep([after], tmp_path / "out", Here()).counts == {"complete": 1}
+    written = runfolders.read_object(tmp_path / "out" / "runs" / after.key / "run.json")
+    assert written["description"]["data"]["name"] == written["settings"]["data"]["name"] == str(tmp_path / "after.npz")

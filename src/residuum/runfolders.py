@@ -117,6 +117,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) -> bool:
     """Make the folder and write run.json; set a damaged one aside, and in a half one remove what was half written.
 
+    Equal runs can be described differently: a file may lie at another place by now. Then run.json is written anew.
+
     Args:
         folder: OUT/runs/<key>.
         key: The key of the run.
@@ -141,7 +143,7 @@ def begin(folder: Path, key: str, description: dict[str, Any], settings: Any) ->
     for rest in folder.glob(f"{PARTIAL}*"):
         rest.unlink()
     (folder / "failed.json").unlink(missing_ok=True)
-    if not there:
+    if not there or canonical(there.get("description")) != canonical(description):
         content = {"format": FORMAT, "key": key, "description": description, "settings": settings}
         write_json(folder / "run.json", content | {"version": __version__})
     if aside:
