@@ -26,7 +26,7 @@ from residuum.layers.coupling import Coupling
 from residuum.loading import returned
 from residuum.models import ResNetConfig
 from residuum.runs import DataConfig, Run
-from residuum.sweeps import checked, grid, labels, sweep
+from residuum.sweeps import Outcome, checked, grid, labels, sweep
 from residuum.training import TrainConfig
 
 RUN = Run(ResNetConfig((1, 1), (4, 8), channels=1), DataConfig("digits"), TrainConfig(epochs=1))
@@ -466,3 +466,24 @@ def test_a_run_goes_on_where_its_file_is_now(tmp_path: Path) -> None:
     assert sweep([after], tmp_path / "out", Here()).counts == {"complete": 1}
     written = runfolders.read_object(tmp_path / "out" / "runs" / after.key / "run.json")
     assert written["description"]["data"]["name"] == written["settings"]["data"]["name"] == str(tmp_path / "after.npz")
+
+
+def test_a_run_that_failed_in_one_sweep_is_not_repeated_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have it on their lists; the second comes to it when it has failed. Only --retry-failed tries it again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bad, found = Fake(act="raise"), []
+
+    class Behind(Here):
+        """Begins when another sweep has carried out the same runs."""
+
+        def run(self, folders: Sequence[Path], tell: Tell) -> None:
+            found.append(sweep([bad], tmp_path, Here()))
+            super().run(folders, tell)
+
+    found.append(sweep([bad], tmp_path, Behind()))
+    assert found[0] == found[1] == Outcome({"failed": 1}, {bad.key: "raised: RuntimeError: this run cannot work"}, 0)
+    assert executions(tmp_path) == [bad.key]
+    assert sweep([bad], tmp_path, Here(), retry_failed=True) == found[0]
+    assert executions(tmp_path) == [bad.key] * 2

@@ -24,7 +24,7 @@ from residuum.files import write_json
 from residuum.jobs import Job, Settings
 from residuum.memory import keep_freed_memory
 from residuum.progress import Show
-from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_object
+from residuum.runfolders import SETTINGS, fail, failure_of, locked, log, read_object, stand
 from residuum.runs import Run, perform
 from residuum.toys.digits import NoisyDigits
 from residuum.toys.examples import Example
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def carry_out(folder: Path, say: Say) -> dict[str, str]:
-    """Carry out one run, unless another process does.
+    """Carry out one run, unless another process does, or has done so and it failed: a sweep tries a run once.
 
     Args:
         folder: OUT/runs/<key>, with run.json and settings.json.
@@ -75,6 +75,10 @@ def carry_out(folder: Path, say: Say) -> dict[str, str]:
             return {"state": "busy"}
         say({})
         try:
+            standing = stand(folder)
+            if standing.state == "failed":  # in another sweep, since this one has removed what said so
+                kind, _, message = standing.reason.partition(": ")
+                return {"state": "failed", "kind": kind, "message": message}
             perform(_job(folder), folder, _settings(folder), _bar(say))
             return {"state": "complete"}
         except (Exception, SystemExit) as error:
