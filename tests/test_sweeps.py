@@ -487,3 +487,12 @@ def test_a_run_that_failed_in_one_sweep_is_not_repeated_by_another(
     assert executions(tmp_path) == [bad.key]
     assert sweep([bad], tmp_path, Here(), retry_failed=True) == found[0]
     assert executions(tmp_path) == [bad.key] * 2
+
+
+def test_a_run_that_is_complete_when_tried_again_has_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = Fake(act="raise")
+    failed = sweep([job], tmp_path, Here())
+    assert sweep([job], tmp_path, Here()) == failed
+    monkeypatch.setattr(Fake, "_act", lambda self, folder: None)
+    assert sweep([job], tmp_path, Here(), retry_failed=True) == Outcome({"complete": 1}, {}, 0)

@@ -129,7 +129,7 @@ def sweep(
     runs = runfolders.prepare(out)
     standings = {job.key: runfolders.stand(runs / job.key) for job in jobs}
     states = {key: standing.state for key, standing in standings.items()}
-    reasons = {key: standing.reason for key, standing in standings.items() if standing.state == "failed"}
+    reasons = {key: found.reason for key, found in standings.items() if found.state == "failed" and not retry_failed}
     todo = [job for job in jobs if states[job.key] != "complete" and (retry_failed or states[job.key] != "failed")]
     for job in todo:
         _begin(job, runs / job.key, settings or Settings())
