@@ -1,5 +1,6 @@
 """Data sets: what the digits are, npz files there and back, standardisation, draws, preparation for a network."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from datafiles import write_npz
 from residuum.data import Preparation, batches, load, load_splits
+from residuum.data.npz import read_npz
 
 
 def test_digits_are_the_same_balanced_split_every_time() -> None:
@@ -46,6 +48,31 @@ def test_npz_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert test.classes == ("cat", "dog", "owl")
     assert test.name == "x.npz"
     assert len(test.sha256) == 64
+
+
+def test_an_npz_file_that_claims_to_be_encrypted_is_damaged(tmp_path: Path) -> None:
+    content = bytearray(write_npz(tmp_path / "x.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1  # of the first array in the list at the end of the file
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.npz is damaged, cut short or not an npz file.*encrypted"):
+        read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (f"({2**60}, 2, 2, 1)", "is damaged, or too large for the memory here: Unable to allocate 4.00 EiB"),
+        (f"({2**64}, 2, 2, 1)", "is damaged, cut short or not an npz file"),
+        ("(4, 2, 2, 1|", "is damaged, cut short or not an npz file"),
+    ],
+)
+def test_headers_of_arrays_are_not_trusted(shape: str, message: str, tmp_path: Path) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path = write_npz(tmp_path / "x.npz", train_images=None)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("train_images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=message):
+        read_npz(path)
 
 
 def test_npz_with_several_classes_per_image(tmp_path: Path) -> None:
