@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,30 @@ def test_what_is_noted_is_what_the_solutions_say() -> None:
             assert effort["moved"] == 6
             assert 0 < effort["contraction"] / 6 < 0.5
     assert not any("solve" in vars(block) or "inverse" in vars(block) for block in model.sections[0])
+
+
+class Own(nn.Module):
+    """A block of a user, whose `solve` is an attribute of the object and not a method of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+        self.solve = partial(fixed_point, solver=Picard(1e-5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.solve(lambda y: h + 0.1 * torch.tanh(self.branch(y)), h).value
+
+
+def test_a_block_whose_solve_is_its_own_attribute_keeps_it() -> None:
+    block = Own()
+    solve, solves = block.solve, Solves(nn.Sequential(block))
+    for _ in range(2):
+        with solves.forward():
+            y = block(torch.ones(2, 4))
+        with solves.backward():
+            y.sum().backward()
+        assert solves.take()["0"]["forward"]["examples"] == 2
+        assert vars(block)["solve"] is solve
 
 
 def test_contraction_is_that_of_a_linear_map() -> None:

@@ -180,13 +180,17 @@ def _is_solving(module: nn.Module) -> bool:
 def _replaced(blocks: Mapping[str, nn.Module], method: str, run: Callable[..., Any]) -> Iterator[None]:
     """Calls of a method of these modules go through `run(name, method, ...)`."""
     having = {name: module for name, module in blocks.items() if callable(getattr(module, method, None))}
+    own = [(module, vars(module).get(method)) for module in having.values()]
     for name, module in having.items():
         vars(module)[method] = partial(run, name, getattr(module, method))
     try:
         yield
     finally:
-        for module in having.values():
-            del vars(module)[method]
+        for module, before in own:
+            if before is None:
+                del vars(module)[method]
+            else:
+                vars(module)[method] = before
 
 
 def _named(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
