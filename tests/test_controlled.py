@@ -191,6 +191,10 @@ def weighted(*layers: nn.Module, size: tuple = ()) -> Tensor:
         (lambda: Spectrum(high=float("inf")), "finite"),
         (lambda: weighted(nn.Linear(3, 3), nn.LayerNorm(3)), "layer 1, LayerNorm, has no known bound; use nn.Conv2d"),
         (lambda: weighted(nn.ReLU()), "no layer has weights"),
+        (
+            lambda: weighted(nn.Identity(), nn.ReLU(inplace=True), nn.Linear(3, 3)),
+            r"layer 1, ReLU\(inplace=True\), would overwrite the state, .*; use inplace=False before",
+        ),
         (lambda: weighted(nn.Linear(3, 4), nn.ReLU()), "a branch keeps the shape of the state"),
         (lambda: weighted(nn.Conv2d(2, 2, 3), size=(6, 6)), "a branch keeps the shape of the state"),
         (lambda: weighted(nn.Conv2d(2, 2, 3, padding=1)), "rows and columns of the map"),

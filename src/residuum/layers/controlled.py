@@ -56,12 +56,14 @@ class Controlled(nn.Module):
 
     Args:
         layers: Convolutions, linear modules and activations of `SLOPES`; the first and the last state have one shape.
-            All keep the size of maps. They are limited in place.
+            All keep the size of maps. They are limited in place. Activations before the first weights must not work in
+            place.
         spectrum: The disc.
         size: Rows and columns of the state; () for vectors.
 
     Raises:
-        ValueError: If a layer has no bound or is limited already, none has weights, or the shape of the state changes.
+        ValueError: If a layer has no bound, is limited already or would overwrite the state, none has weights, or the
+            shape of the state changes.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
@@ -107,6 +109,11 @@ def _slope(layers: nn.Sequential) -> float:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             weights = True
         elif type(layer) in SLOPES:
+            if not weights and getattr(layer, "inplace", False):
+                raise ValueError(
+                    f"controlled: layer {number}, {type(layer).__name__}(inplace=True), would overwrite the state, "
+                    "which is needed afterwards; use inplace=False before the first layer with weights"
+                )
             slope *= SLOPES[type(layer)]
         else:
             raise ValueError(
