@@ -348,6 +348,17 @@ def test_a_constant_map_and_one_without_gradient() -> None:
     assert torch.equal(c.grad, torch.full_like(c, 2))
 
 
+def test_a_map_that_gives_a_leaf_itself_has_its_derivatives() -> None:
+    c = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    for f in (lambda x: c, lambda x: 1 * c):
+        y = fixed_point(f, torch.zeros(2, 3, dtype=torch.float64), Picard()).value
+        (first,) = torch.autograd.grad(y.pow(3).sum(), c, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), c)
+        assert torch.equal(first, torch.full_like(c, 3))
+        assert torch.equal(second, torch.full_like(c, 6))
+    assert not fixed_point(lambda x: x, torch.zeros(2, 3), Picard()).value.requires_grad
+
+
 def test_an_adjoint_that_fails_raises_from_backward_or_is_recorded() -> None:
     W, c = problem(radius=0.9)
     short = BiCGStab(TIGHT, max_steps=1)

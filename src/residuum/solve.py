@@ -237,7 +237,9 @@ def _differentiable(f: _Recorded, solution: Solution, at: Tensor, linear: Linear
 
 
 def depends(value: Tensor, leaf: Tensor) -> bool:
-    """Whether a value with a graph has derivatives in anything but this leaf."""
+    """Whether a value has derivatives in anything but this leaf; it may be a leaf itself."""
+    if value.grad_fn is None:
+        return value.requires_grad and value is not leaf
     seen, todo = set(), [value.grad_fn]
     while todo:
         node = todo.pop()
