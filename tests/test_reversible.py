@@ -228,6 +228,21 @@ def test_autocast_is_as_in_the_forward() -> None:
     assert distance(*map(list, found)) < 2**-7
 
 
+def test_states_that_cannot_resolve_the_tolerance_are_refused_before_the_backward() -> None:
+    """Under autocast the states of couplings are as the first one is, those of solves are in float32."""
+    x = torch.randn(8, 4, dtype=torch.bfloat16)
+
+    def loss(block: nn.Module, tolerance: float = 1e-4) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return reversible([block], tolerance=tolerance)(x).float().square().mean()
+
+    for make in (Coupling, Verlet(0.1)):
+        with pytest.raises(ValueError, match=r"after block 0 is in torch.bfloat16, too coarse .* 1.0e-04; use float32"):
+            loss(make(dense(), dense()))
+    loss(Coupling(dense(), dense()), tolerance=0.1).backward()
+    loss(Theta(0.5, 0.1)(nn.Linear(4, 4))).backward()
+
+
 @pytest.mark.parametrize("kind", ["a user's coupling", "Theta two-point", "Theta midpoint"])
 def test_memory_hardly_grows_with_depth(kind: str) -> None:
     make = KINDS[kind] if kind == "a user's coupling" else partial(loose_theta, kind.split()[1].replace("-", "_"))

@@ -57,6 +57,15 @@ def test_a_drift_says_in_which_step_of_the_training_it_was() -> None:
     assert refused.value.drift > refused.value.tolerance
 
 
+@pytest.mark.parametrize("step", [Additive(), Verlet(0.1), Leapfrog(0.1), Midpoint(0.1), Momentum(0.99)])
+def test_reversible_couplings_in_bfloat16_are_refused_before_a_step_is_done(step: object) -> None:
+    model, steps = ResNet(replace(SMALL, step=step, reversible=True)), []
+    config = TrainConfig(epochs=1, batch=25, precision="bfloat16")
+    with pytest.raises(ValueError, match=r"in torch.bfloat16, too coarse .*; use float32 \(--precision float32\)"):
+        train(model, data(), config, after_backward=lambda *given: steps.append(given))
+    assert not steps
+
+
 def test_statistics_of_batch_norm_are_bitwise_those_of_ordinary_training() -> None:
     config = replace(SMALL, norm="batch", step=Verlet(0.5))
     plain, rebuilt, x = ResNet(config), ResNet(replace(config, reversible=True)), torch.randn(6, 1, 8, 8)

@@ -67,6 +67,7 @@ def reversible(blocks: Iterable[nn.Module], *, tolerance: float = 1e-4, spacing:
     Raises:
         TypeError: If a block has no inverse.
         ValueError: If there is no block, or tolerance or spacing are out of range.
+        ValueError: From a forward, if a state has a precision that cannot resolve the tolerance, as bfloat16.
         DriftError: From a backward, if a state was rebuilt with more than the tolerance.
         RuntimeError: From a backward, for second derivatives, and if parameters have changed since the forward.
 
@@ -167,9 +168,19 @@ class _Path:
             kept: dict[Key, Any] = {}
             h = record.run(h, kept, partial(self._give, place))
             kept.clear()
+            self._check_precision(place, h)
             if place + 1 == depth or ((place + 1) % self.stack.spacing == 0 and depth - place > self.stack.spacing):
                 self.stored[place + 1] = _Stored(h.detach(), h._version)
         return h
+
+    def _check_precision(self, place: int, h: Tensor) -> None:
+        """Refuse in the forward what no backward could rebuild: autocast rounds the states of some blocks only."""
+        if torch.finfo(h.dtype).eps > self.stack.tolerance:
+            raise ValueError(
+                f"reversible: the state after block {place} is in {h.dtype}, too coarse for a rebuilt one to keep the "
+                f"tolerance {self.stack.tolerance:.1e}; use float32 (--precision float32), or Theta, which solves in "
+                "float32, or no reversible stack: nn.Sequential stores all states"
+            )
 
     def _give(self, place: int, key: Key) -> Any:
         """What the gradient of a block needs, by its key."""
