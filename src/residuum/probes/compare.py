@@ -50,11 +50,6 @@ class Comparison:
     columns: tuple[float, ...]
     method: str
 
-    def at_equal_depth(self) -> Float64[Tensor, " row"]:
-        """Similarity of each state of the first network with the second's at the nearest relative depth."""
-        distance = (torch.tensor(self.rows)[:, None] - torch.tensor(self.columns)).abs()
-        return self.matrix.gather(1, distance.argmin(1, keepdim=True))[:, 0]
-
 
 def collect(streams: Iterable[Stream], *, pool: Pool = "mean") -> States:
     """All states of a network on all batches.
