@@ -99,6 +99,18 @@ def test_states_that_tell_no_examples_apart_are_undefined(method: str) -> None:
     assert float(matrix[1, 0]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", ["correlation", "euclidean"])
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_examples_are_undefined_whatever_they_are(method: str, distance: str, dtype: torch.dtype) -> None:
+    """Not constant over the features: what correlations and means of equal examples leave is rounding."""
+    for seed in range(5):
+        same, x = random(seed, 1, 5).to(dtype).expand(7, 5), random(seed + 9, 7, 5)
+        matrix = compare(states(same, x), states(x), method=method, distance=distance).matrix
+        assert matrix[0].isnan().all()
+        assert float(matrix[1, 0]) == pytest.approx(1)
+
+
 # Streams --------------------------------------------------------------------------------------------------------------
 
 

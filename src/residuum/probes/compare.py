@@ -145,13 +145,16 @@ def _description(
 ) -> Float64[Tensor, " entries"]:
     """How the examples lie to each other, as a vector of length 1; nan if they all lie alike."""
     if "cka" in method:
-        x = x - x.mean(0)
+        whole, x = x, x - x.mean(0)
         vector = (_u_centred(x @ x.T) if method == "unbiased cka" else x @ x.T).flatten()
-        scale = x.square().sum()
+        # Of examples that are all equal the mean leaves rounding, which is squared here.
+        scale = torch.maximum(x.square().sum(), _ROUNDING * whole.square().sum())
     else:
         above = torch.triu_indices(len(x), len(x), 1)
         vector = _dissimilarities(x, distance)[above[0], above[1]]
-        scale, centred = vector.abs().max(), vector - vector.mean()
+        # One minus a correlation is rounded as 1 is, however small.
+        scale = vector.abs().max() if distance == "euclidean" else vector.new_ones(())
+        centred = vector - vector.mean()
         alike = torch.linalg.vector_norm(centred) <= _ROUNDING * scale
         ranks = _ranks(vector) if method == "spearman" else None
         vector = (centred if ranks is None else ranks - ranks.mean()).masked_fill(alike, 0)
