@@ -235,6 +235,68 @@ def test_bad_requests_are_refused() -> None:
         gradients()(dead, labels)
 
 
+class Cells(nn.Module):
+    """Three blocks, one of which can cut the gradient, and a readout that can."""
+
+    class Cell(nn.Module):
+        def __init__(self, cut: str) -> None:
+            super().__init__()
+            self.inner, self.cut = nn.Linear(4, 4), cut
+
+        def forward(self, h: Tensor) -> Tensor:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut != "no_grad"):
+                return torch.tanh(self.inner(h.detach() if self.cut == "detach" else h))
+
+    def __init__(self, **cuts: str) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(self.Cell(cuts.get(name, "")) for name in ("first", "second", "third"))
+        self.head = self.Cell(cuts.get("head", ""))
+
+    def cut(self, x: Tensor) -> Stream:
+        blocks = tuple(Block(f"cells.{i}", cell) for i, cell in enumerate(self.cells))
+        return Stream(x, (Section("s", lambda h: h, blocks),), self.head)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["no_grad", "detach"])
+def test_a_place_that_cuts_the_gradient_is_refused_by_its_name(kind: str, frozen: bool) -> None:
+    """The blocks after it do have a gradient, which a backward to the first state would not compute."""
+    x, labels = torch.randn(3, 4), torch.arange(3)
+    for number, name in enumerate(("first", "second", "third")):
+        stream = Cells(**{name: kind}).requires_grad_(not frozen).cut(x)
+        for at in ("input", "output"):
+            with pytest.raises(
+                ValueError, match=rf'gradients: block "cells.{number}" cuts the gradient .*take that out'
+            ):
+                gradients(at=at)(stream, labels)
+        assert gradients(grad="plugin")(stream, labels)["plugin_gradient_cosine"].values.isfinite().all()
+    stream = Cells(head=kind).requires_grad_(not frozen).cut(x)
+    for probe in (gradients(), gradients(grad="plugin")):
+        with pytest.raises(ValueError, match=r"the loss cannot be differentiated .* in the readout"):
+            probe(stream, labels)
+    stream = Cells().requires_grad_(not frozen).cut(x)
+    second = Section("t", torch.Tensor.detach, stream.sections[0].blocks)
+    with pytest.raises(ValueError, match="gradients: the entry of t cuts the gradient"):
+        gradients()(Stream(x, (*stream.sections, second), stream.readout), labels)
+
+
+@pytest.mark.parametrize("grad", ["backprop", "plugin"])
+def test_gradients_under_inference_mode_are_the_same(grad: str) -> None:
+    model = ResNet(ResNetConfig(blocks=(2, 2), widths=(4, 8))).eval()
+    loop, x = MODELS["loop"].build()
+    for network, images in ((model, torch.randn(4, 3, 8, 8)), (loop.eval(), x)):
+        outputs = network(images)
+        for target in (outputs.argmin(1), outputs > outputs.median(1, keepdim=True).values):
+            expected = profile(network, [(images, target)], [gradients(grad=grad)])
+            with torch.inference_mode():
+                given = (images.clone(), target.clone())
+                found = profile(network, [given], [gradients(grad=grad)])
+                own = gradients(grad=grad)(cut(network, given[0]), given[1])
+            for name, values in expected.measures.items():
+                torch.testing.assert_close(found.measures[name].values, values.values)
+                torch.testing.assert_close(own[name].values, values.values)
+
+
 @pytest.mark.parametrize("margin", [1.0, 12.0, 17.0, 40.0, 80.0])
 def test_the_gradient_of_a_certain_answer_keeps_its_direction(margin: float) -> None:
     """In float32 `p - 1` has no digits left there, and above 17 nats it is 0."""

@@ -7,7 +7,9 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from residuum.graphs import leaf, recorded
 from residuum.probes.passive import dot, norm, origin, ratio
 from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, measure
@@ -42,7 +44,7 @@ def gradients(*, grad: str = "backprop", at: str = "input") -> Probe:
 
     Raises:
         ValueError: If `grad` or `at` is something else; when it measures, if there are no labels, they do not fit, or
-            the loss cannot be differentiated.
+            the loss cannot be differentiated, because the readout or a block (which is named) cuts the gradient.
 
     Source: P1 (Jastrzebski et al. 2018), figure 4 (cosine), section 4.5 and figure 8 (ratio), eq. 2 to 4 (expansion).
     """
@@ -54,6 +56,9 @@ def gradients(*, grad: str = "backprop", at: str = "input") -> Probe:
     def probe(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
         if target is None:
             raise ValueError("gradients: need labels, because they are of the loss; the target is None")
+        if target.is_inference():  # no graph may keep it
+            with torch.inference_mode(False):
+                target = target.clone()
         found = measures(stream, target, at)
         before, after = "plugin_" if grad == "plugin" else "", "_at_output" if at == "output" else ""
         return {f"{before}{name}{after}": values for name, values in found.items()}
@@ -104,10 +109,14 @@ def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
     seen: dict[Point, _Seen] = {}
     updates: dict[Point, Tensor] = {}
     own: set[bool] = set()
-    with torch.enable_grad():
-        leaf, rest = _from_leaf(stream)
+    with recorded():
+        state, rest = _from_leaf(stream)
+        first = state
         for step in rest.walk():
-            point = Point(step.section, step.index)
+            point, section = Point(step.section, step.index), stream.sections[step.section]
+            _check_path(state, step.before, f"the entry of {section.name}")
+            _check_path(step.before, step.after, f'block "{section.blocks[step.index].name}"')
+            state = step.after
             updates[point] = step.update.detach()
             own.add(step.own_branch)
 
@@ -117,9 +126,7 @@ def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
             (step.before if at == "input" else step.after).register_hook(hook)
         output = rest.exit(step.after, step.section)
         loss = Reader.of(output, target, stream.mask)(output)[1]["loss"]
-        _gradient(loss, leaf)
-    for point, update in list(updates.items()):  # states that the loss does not depend on
-        seen[point] = _look(update, torch.zeros_like(update), stream.mask)
+        _gradient(loss, first)
     seen = dict(sorted(seen.items()))
     firsts = [seen[point] for point in seen if point.index == 0]
     found = _measures(seen, own, loss.detach())
@@ -152,31 +159,47 @@ def _plugin(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
 
 def _at_readout(stream: Stream, h: Tensor, section: int, target: Tensor) -> tuple[Tensor, Tensor]:
     """The loss that the readout gives right at a state, and its gradient there."""
-    with torch.enable_grad():
-        leaf = h.detach().requires_grad_()
-        output = stream.exit(leaf, section)
+    with recorded():
+        state = leaf(h)
+        output = stream.exit(state, section)
         loss = Reader.of(output, target, stream.mask)(output)[1]["loss"]
-        return loss.detach(), _gradient(loss, leaf)
+        return loss.detach(), _gradient(loss, state)
 
 
 def _from_leaf(stream: Stream) -> tuple[Tensor, Stream]:
     """The first state, and the stream that starts from it; gradients end there, so no parameter needs to be frozen."""
     first, *others = stream.sections
     with torch.no_grad():
-        leaf = first.entry(stream.input)
-    leaf = leaf.detach().requires_grad_()
-    return leaf, replace(stream, sections=(replace(first, entry=lambda _: leaf), *others))
+        state = leaf(first.entry(stream.input))
+    return state, replace(stream, sections=(replace(first, entry=lambda _: state), *others))
+
+
+def _check_path(before: Tensor, after: Tensor, place: str) -> None:
+    """Refuse a place that cuts the gradient: a backward to the first state would not even run after it."""
+    goal = get_gradient_edge(before).node
+    pending, met = [get_gradient_edge(after).node] if after.requires_grad else [], set()
+    while pending:
+        node = pending.pop()
+        if node is goal:
+            return
+        if node is not None and node not in met:
+            met.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    raise ValueError(
+        f"gradients: {place} cuts the gradient (torch.no_grad or .detach() inside of it?), so states before it have "
+        "none; take that out, or measure later blocks only (blocks=...)"
+    )
 
 
 def _gradient(loss: Tensor, state: Tensor) -> Tensor:
     """The gradient of each example's loss; with respect to the state only, so that none of parameters is computed."""
-    if not loss.requires_grad:
+    gradient = torch.autograd.grad(loss.sum(), state, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
         raise ValueError(
-            "gradients: the loss cannot be differentiated with respect to the states; does the model's forward run "
-            "under torch.no_grad()?"
+            "gradients: the loss cannot be differentiated with respect to the states; is there a torch.no_grad or "
+            ".detach() in the readout?"
         )
-    (gradient,) = torch.autograd.grad(loss.sum(), state, allow_unused=True)
-    return torch.zeros_like(state) if gradient is None else gradient
+    return gradient
 
 
 def _measures(seen: dict[Point, _Seen], own: set[bool], loss: Float[Tensor, " example"]) -> dict[str, Measure]:
