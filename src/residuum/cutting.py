@@ -40,7 +40,8 @@ def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream
     the entry of the next section. The cut is then proved on a changed first state.
 
     The model is not touched: parameters are shared with a private copy, buffers, hooks and random state are not.
-    Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place are seen.
+    Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place are seen; the
+    first run after one records the batch once more, a forward.
 
     Args:
         model: Any module, in eval mode.
@@ -146,14 +147,27 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
     for s, run in enumerate(runs):
         after = runs[s - 1][-1] if s else -1
         passed = tuple(call.name for call in calls[after + 1 : run[0]])
-        blocks = tuple(Block(calls[p].name, calls[p]) for p in run)
+        blocks = tuple(Block(calls[p].name, _block(recording, x, p)) for p in run)
         entry = _entry(twin, recording, x, after, run[0])
         sections.append(Section(names[s], entry, blocks, passed))
     return Stream(x, tuple(sections), _readout(twin, recording, x, runs[-1][-1]), _mask(twin.model, x))
 
 
+def _block(recording: Recording, x: Any, p: int) -> Callable[[Tensor], Tensor]:
+    call = recording.calls[p]
+    if not call.has_side_tensors:
+        return call
+
+    def block(h: Tensor) -> Tensor:
+        recording.renew(x)
+        return recording.calls[p](h)
+
+    return block
+
+
 def _entry(twin: Twin, recording: Recording, x: Any, after: int, until: int) -> Callable[[Any], Tensor]:
     def entry(h: Any) -> Tensor:
+        recording.renew(x)
         try:
             twin.run(Replay(twin, recording, after, h, until), h if after < 0 else x)
         except Reached as reached:
@@ -165,6 +179,7 @@ def _entry(twin: Twin, recording: Recording, x: Any, after: int, until: int) -> 
 
 def _readout(twin: Twin, recording: Recording, x: Any, last: int) -> Callable[[Tensor], Tensor]:
     def readout(h: Tensor) -> Tensor:
+        recording.renew(x)
         return output_of(twin.run(Replay(twin, recording, last, h, None), x))
 
     return readout

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from residuum.calls import argument, call_model, detached, output_of, state_of, state_slot, with_argument, with_state
+from residuum.calls import (
+    argument,
+    call_model,
+    cuda_devices,
+    detached,
+    output_of,
+    state_of,
+    state_slot,
+    with_argument,
+    with_state,
+)
 
 Core = Callable[..., Any]  # a gated module's own call, user hooks included
 
@@ -31,6 +41,11 @@ class Call:
     output: Any  # the first tensor of it is the state; only shapes matter where the call keeps the shape
     keeps: bool
     linked: bool  # got exactly what the call before it gave
+
+    @property
+    def has_side_tensors(self) -> bool:
+        """Whether it got tensors besides the state."""
+        return any(isinstance(value, Tensor) for value in tree_flatten((self.args, self.kwargs))[0])
 
     def __call__(self, h: Tensor) -> Tensor:
         """Run the block alone on a state."""
@@ -57,6 +72,7 @@ class Twin:
         self.lock = RLock()
         self.unkept: set[tuple[str, int]] = set()  # calls outside the blocks whose outputs the model changes in place
         self.current: Recording | Replay | None = None
+        self.parameters = tuple(model.parameters())
         for module, name, is_block in _gates(model, block_names):
             self._gate(module, name, is_block)
 
@@ -70,6 +86,10 @@ class Twin:
             return (now.block if is_block else now.outside)(partial(plain.__call__, gate), name, args, kwargs)
 
         module.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+
+    def versions(self) -> list[int]:
+        """Numbers that change when a parameter is changed in place."""
+        return [p._version for p in self.parameters]
 
     def run(self, now: "Recording | Replay", x: Any) -> Any:
         """One forward under a pass."""
@@ -120,6 +140,7 @@ class Recording:
 
     twin: Twin
     changed: bool  # run the first block on a changed state
+    versions: list[int]  # of the parameters
     calls: list[Call] = field(default_factory=list)
     finished: dict[tuple[str, int], "Kept"] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -130,13 +151,23 @@ class Recording:
     )  # by id: tensor, call that gave it
     first: Any = None  # the first state in the gradient graph: its node, or itself
 
+    def renew(self, x: Any) -> None:
+        """Record once more if a parameter was changed in place since: whatever is kept can have come from it."""
+        if self.versions == self.twin.versions():
+            return
+        with torch.inference_mode(False), torch.random.fork_rng(devices=cuda_devices(self.twin.model)):
+            now = record(self.twin, x, changed=False)
+        if [call.name for call in now.calls] != [call.name for call in self.calls]:
+            raise ValueError("cut: with the parameters as they are now other blocks run; cut the model once more")
+        self.calls, self.finished, self.versions = now.calls, now.finished, now.versions
+
     def outside(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module outside the blocks runs; its output is kept, with the number of block calls begun by then."""
         key = (name, self.counts[name])
         self.counts[name] += 1
         output = self.twin.alone(core, args, kwargs)
         if key not in self.twin.unkept:
-            self.finished[key] = Kept(len(self.calls), tree_map(detached, output), parameter_versions(core))
+            self.finished[key] = Kept(len(self.calls), tree_map(detached, output))
         return output
 
     def block(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,16 +283,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a module outside the blocks gave: when, what, and the versions of its parameters then."""
+    """What a module outside the blocks gave, and when."""
 
     position: int
     output: Any
-    versions: tuple[int, ...]
-
-
-def parameter_versions(core: Core) -> tuple[int, ...]:
-    """Numbers that change when a parameter of a gated module is changed in place."""
-    return tuple(p._version for p in core.args[0].parameters())
 
 
 def _sources(value: Tensor) -> list[Any]:
@@ -292,14 +317,12 @@ class Replay:
         key = (name, self.counts[name])
         self.counts[name] += 1
         kept = self.recording.finished.get(key)
-        if kept is not None and kept.position <= self.after and self._constant(core, kept, (args, kwargs)):
+        if kept is not None and kept.position <= self.after and self._constant(core, (args, kwargs)):
             return kept.output
         return self.twin.alone(core, args, kwargs)
 
-    def _constant(self, core: Core, kept: Kept, given: Any) -> bool:
-        """Whether a recorded output still stands: it has no gradient to give, and its parameters are as they were."""
-        if kept.versions != parameter_versions(core):
-            return False
+    def _constant(self, core: Core, given: Any) -> bool:
+        """Whether a recorded output has no gradient to give."""
         if not torch.is_grad_enabled():
             return True
         tensors = [v for v in tree_flatten(given)[0] if isinstance(v, Tensor)]
@@ -322,7 +345,7 @@ class Replay:
 
 def record(twin: Twin, x: Any, *, changed: bool) -> Recording:
     """Record one forward, from a changed first state or the true one."""
-    recording = Recording(twin, changed)
+    recording = Recording(twin, changed, twin.versions())
     with torch.enable_grad():
         recording.check_output(output_of(twin.run(recording, x)))
     recording.last = recording.before = recording.first = None

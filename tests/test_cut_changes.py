@@ -1,0 +1,79 @@
+"""Cut models whose parameters change afterwards: a run of the stream is the model as it is now."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from residuum.cutting import cut
+
+
+class Sides(nn.Module):
+    """What `embed` gives goes to every block beside the state, and by a norm to the readout."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 5)
+
+        def forward(self, h: Tensor, side: Tensor) -> Tensor:
+            return h + torch.tanh(self.inner(h + side))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.cells = nn.ModuleList(self.Cell() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, side = x, self.embed(x)
+        late = self.norm(side)
+        for cell in self.cells:
+            h = cell(h, side)
+        return self.head(h + late)
+
+
+def test_frozen_parameters_are_seen_in_arguments_of_blocks_and_in_what_is_kept() -> None:
+    model, x = Sides().eval().requires_grad_(False), torch.randn(4, 5)
+    calls: Counter[str] = Counter()
+    model.embed.register_forward_hook(lambda *_: calls.update(["embed"]))
+    stream = cut(model, x)
+    for name in ("embed.weight", "norm.weight", "head.bias", "cells.1.inner.weight"):
+        model.get_parameter(name).mul_(3.0).add_(1)
+        before = calls["embed"]
+        with torch.inference_mode():  # the batch is recorded outside of it
+            assert torch.equal(stream.run().output, model(x))
+            assert calls["embed"] == before + 3  # once more on the batch, from the start, and in the model itself
+            state = stream.run().states[0][2]
+            assert torch.equal(stream.finish(state, (0, 1)), model(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_computed_without_gradient_is_seen(frozen: bool) -> None:
+    class Detached(Sides):
+        def forward(self, x: Tensor) -> Tensor:
+            h, side = x, self.embed(x).detach()
+            for cell in self.cells:
+                h = cell(h, side)
+            return self.head(h)
+
+    model, x = Detached().eval().requires_grad_(not frozen), torch.randn(4, 5)
+    stream = cut(model, x)
+    with torch.no_grad():
+        model.embed.weight.mul_(3.0)
+    assert torch.equal(stream.run().output, model(x))
+
+
+def test_values_that_change_the_path_are_refused() -> None:
+    class Gated(Sides):
+        def forward(self, x: Tensor) -> Tensor:
+            h, side = x, self.embed(x)
+            for cell in self.cells if self.norm.bias[0] == 0 else self.cells[1:]:
+                h = cell(h, side)
+            return self.head(h)
+
+    model = Gated().eval().requires_grad_(False)
+    stream = cut(model, torch.randn(4, 5))
+    model.norm.bias.add_(1)
+    with pytest.raises(ValueError, match="with the parameters as they are now other blocks run; cut the model once"):
+        stream.run()
