@@ -1,5 +1,6 @@
-"""Cut models whose parameters change afterwards: a run of the stream is the model as it is now."""
+"""Cut models whose parameters change afterwards, or that are compiled: the stream is the model as it is now."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from residuum.cutting import cut
+from residuum.models import ResNet, ResNetConfig
 
 
 class Sides(nn.Module):
@@ -77,3 +79,22 @@ def test_values_that_change_the_path_are_refused() -> None:
     model.norm.bias.add_(1)
     with pytest.raises(ValueError, match="with the parameters as they are now other blocks run; cut the model once"):
         stream.run()
+
+
+def test_of_compiled_models_and_parts_the_stream_is_what_they_were_compiled_from() -> None:
+    model, x = Sides().eval(), torch.randn(4, 5)
+    own = ResNet(ResNetConfig(blocks=(2,), widths=(4,))).eval()
+    parts = copy.deepcopy(model)
+    for owner, name in ((parts, "embed"), (parts.cells, "1")):
+        setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+    in_place = copy.deepcopy(model)
+    in_place.compile(backend="eager")
+    with torch.no_grad():
+        for compiled in (torch.compile(model, backend="eager"), parts, in_place):
+            stream = cut(compiled.requires_grad_(False), x)
+            assert [block.name for block in stream.sections[0].blocks] == [f"cells.{i}" for i in range(3)]
+            assert torch.equal(stream.run().output, model(x))
+        images = torch.randn(2, 3, 8, 8)
+        stream = cut(torch.compile(own, backend="eager"), images)
+        assert torch.equal(stream.run().output, own(images))
+    assert type(parts.embed).__name__ == "OptimizedModule"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from residuum.calls import cuda_devices, output_of, state_of
-from residuum.finding import NAMING, Seen, find
+from residuum.finding import NAMING, Seen, find, uncompiled
 from residuum.recording import Reached, Recording, Replay, Twin, record
 from residuum.solve import of_the_batch
 from residuum.streams import Block, Section, Stream
@@ -41,7 +41,8 @@ def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream
 
     The model is not touched: parameters are shared with a private copy, buffers, hooks and random state are not.
     Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place are seen; the
-    first run after one records the batch once more, a forward.
+    first run after one records the batch once more, a forward. Where the model or a part of it is compiled, the stream
+    runs what it was compiled from.
 
     Args:
         model: Any module, in eval mode.
@@ -74,6 +75,7 @@ def cut_all(model: nn.Module, inputs: Iterable[Any], blocks: Sequence[str] | Non
     Raises:
         ValueError: As `cut`.
     """
+    model = uncompiled(model)
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(

@@ -78,11 +78,19 @@ def _twin_of(model: nn.Module) -> nn.Module:
     for module in model.modules():  # results kept on modules (old-style weight norm) cannot be deep-copied
         memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"cut works on a copy of the model, and {type(model).__name__} cannot be copied: {error}"
         ) from error
+    for module in list(twin.modules()):
+        module._modules.update({name: uncompiled(part) for name, part in module._modules.items()})
+    return twin
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What a model was compiled from, if it is compiled: compiled code cannot be watched block by block."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _kind(module: nn.Module) -> type:
