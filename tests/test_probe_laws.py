@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conftest import MODELS, converted
 from residuum.cutting import cut
-from residuum.probes import drops, gradients, interventions, loss_changes, pairs
+from residuum.probes import drops, gradients, interventions, loss_changes, pairs, passive, update_angle
 from residuum.probing import NAMES, choose
 from residuum.profiles import Measure, Profile, profile
 from residuum.streams import Block, Map, Section, Stream
@@ -191,3 +191,24 @@ def test_one_useful_block_among_blocks_that_do_nothing_is_found(at: int, own: bo
 def singles(measure: Measure) -> Tensor:
     """The columns of single blocks of a measure of spans."""
     return measure.values[:, [c for c, point in enumerate(measure.points) if point.length == 1]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("unit", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_cosines_do_not_depend_on_the_unit_of_the_states(unit: float, masked: bool) -> None:
+    """In float32 products of two lengths overflow above 1e19 and underflow below 1e-19. Examples differ in it."""
+    torch.manual_seed(0)
+    w, still = torch.randn(3, 5, 5, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
+    x, mask = torch.randn(4, 3, 5, dtype=torch.float64), torch.tensor([[1, 1, 0]] * 4).bool() if masked else None
+    x[1] *= unit
+    angles = []
+    for dtype in (torch.float32, torch.float64):
+        maps = (m.to(dtype) for m in (w[0], w[1], still, w[2]))
+        blocks = tuple(Block("b", lambda h, m=m: h + h @ m, lambda h, m=m: h @ m) for m in maps)
+        given = x.to(dtype)
+        stream = Stream(given, (Section("s", lambda h: h, blocks),), lambda h: 1e-20 * h.mean(1), mask)
+        found = passive(update_angle)(stream, None) | gradients(at="output")(stream, torch.tensor([0, 1, 2, 3]))
+        angles.append([found[name].values for name in ("update_angle", "gradient_cosine_at_output")])
+    for ours, exact in zip(*angles, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-4, rtol=0, equal_nan=True)
+    assert angles[0][0].isnan().sum() == 8  # before and after the block that does nothing

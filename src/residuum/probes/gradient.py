@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from residuum.graphs import leaf, recorded
-from residuum.probes.passive import dot, norm, origin, ratio
+from residuum.probes.passive import cosine, dot, norm, origin, ratio
 from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, measure
 from residuum.schedules import drop, last_section
@@ -96,12 +96,14 @@ def loss_changes(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     return {"loss_change": measure([losses[None] - losses[s, i] for s, i, _ in points], points, "block")}
 
 
-# A block's update against one gradient, per example: <f, g>, |f|, |g|
+# A block's update against one gradient, per example: <f, g>, cos(f, g), |g|
 _Seen = tuple[Float[Tensor, " example"], Float[Tensor, " example"], Float[Tensor, " example"]]
 
 
 def _look(update: Tensor, gradient: Tensor, mask: Tensor | None) -> _Seen:
-    return dot(update, gradient, mask), norm(update, mask), norm(gradient, mask)
+    product, size = dot(update, gradient, mask), norm(gradient, mask)
+    angle = cosine(update, gradient, mask, product=product, lengths=(norm(update, mask), size))
+    return product, angle, size
 
 
 def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
@@ -209,10 +211,9 @@ def _measures(seen: dict[Point, _Seen], own: set[bool], loss: Float[Tensor, " ex
     def columns(values: Iterable[Tensor]) -> list[Tensor]:
         return [v.masked_fill(lost, torch.nan) for v in values]
 
-    cosines = columns(ratio(product, a * b).clamp(-1, 1) for product, a, b in seen.values())
     update, points = origin(own), list(seen)
     return {
-        "gradient_cosine": measure(cosines, points, "block", update=update),
+        "gradient_cosine": measure(columns(c for _, c, _ in seen.values()), points, "block", update=update),
         "gradient_norm": measure(columns(g for _, _, g in seen.values()), points, "block"),
         "first_order_change": measure(columns(p for p, _, _ in seen.values()), points, "block", update=update),
     }

@@ -120,9 +120,9 @@ def update_angle(step: Step, previous: Step | None) -> dict[str, Float[Tensor, "
     """
     if previous is None:
         return {}
-    lengths = _norm_of(previous, "update") * _norm_of(step, "update")
-    cosine = ratio(dot(previous.update, step.update, step.mask), lengths)
-    return {"update_angle": cosine.clamp(-1, 1)}
+    a, b = previous.update, step.update
+    lengths = (_norm_of(previous, "update"), _norm_of(step, "update"))
+    return {"update_angle": cosine(a, b, step.mask, product=dot(a, b, step.mask), lengths=lengths)}
 
 
 def first_not_finite(streams: Iterable[Stream]) -> dict[str, int]:
@@ -178,6 +178,29 @@ def dot(
     """Inner product per example over all entries of its unmasked tokens; sums in float32 at least."""
     product = a.to(wide(a.dtype)) * b
     return unmasked(product, mask).sum(tuple(range(1, a.ndim)))
+
+
+def cosine(
+    a: Float[Tensor, " example *state"],
+    b: Float[Tensor, " example *state"],
+    mask: Bool[Tensor, "example token"] | None = None,
+    *,
+    product: Float[Tensor, " example"],
+    lengths: tuple[Float[Tensor, " example"], Float[Tensor, " example"]],
+) -> Float[Tensor, " example"]:
+    """`<a, b> / (|a| |b|)` per example from what is known of a and b, in [-1, 1]; nan where one of them is 0.
+
+    In float64, of vectors of length 1, where the product of the lengths is beyond the precision of the sums.
+    """
+    both = lengths[0] * lengths[1]
+    found = ratio(product, both).clamp(-1, 1)
+    within = (both > torch.finfo(both.dtype).tiny ** 0.5) & (both < torch.inf) & product.isfinite()
+    if within.all():
+        return found
+    beyond = ~within & (lengths[0] > 0) & (lengths[1] > 0)
+    one, two = (unmasked(v, mask)[beyond].double().flatten(1) for v in (a, b))
+    one, two = (v / torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (one, two))
+    return found.masked_scatter(beyond, (one * two).sum(1).clamp(-1, 1).to(found.dtype))
 
 
 def unmasked(
