@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import oracles
 from conftest import MODELS
 from residuum.indices import indices
-from residuum.models import ResNet, ResNetConfig
+from residuum.models import ResNet, ResNetConfig, count_parameters
 from residuum.nulls import NoNullModel, calibrate_, null_model, null_theory
 from residuum.probes import passive, perturbation
 from residuum.profiles import profile
@@ -212,3 +212,14 @@ def test_dropout_inside_of_a_norm_stays_off_and_instance_norms_are_refused() -> 
     torch.testing.assert_close(model[1].running_var, torch.ones(4), rtol=0.05, atol=0.05)
     with pytest.raises(NoNullModel, match="InstanceNorm"):
         calibrate_(nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True)), [(x, None)])
+
+
+def test_batch_norms_that_others_derive_are_calibrated() -> None:
+    class Own(nn.modules.batchnorm._BatchNorm):
+        def _check_input_dim(self, x: torch.Tensor) -> None:
+            pass
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Own(4)).eval(), 3 + torch.randn(50, 4)
+    null = null_model(model, [(x, None)], seed=0)
+    torch.testing.assert_close(null(x).mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    assert count_parameters(null) == count_parameters(null, statistics=False) + 8

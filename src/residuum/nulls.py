@@ -3,7 +3,7 @@
 import copy
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from residuum.calls import call_model, cuda_devices
 from residuum.layers.held import held
 from residuum.layers.sharing import BATCH_NORMS, unshare_statistics
+from residuum.names import one_line
 
 
 class NoNullModel(ValueError):  # noqa: N818 - reads as the answer that it is
@@ -115,7 +116,7 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
 
     Networks that define `fresh(seed)` (ours do) make it themselves, Hugging Face models make it from their config.
     Of any other a copy is re-initialised through the `reset_parameters` of its modules, which is torch's default for
-    each kind of layer and can differ from what the network's authors start from.
+    each kind of layer and can differ from what the network's authors start from; `kept_buffers` names what it leaves.
 
     Args:
         model: The network; it is not changed.
@@ -123,13 +124,14 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
         seed: Seed of the weights; the global random state is left alone.
 
     Raises:
-        NoNullModel: If some parameters belong to no module that can reset them. The message names them.
+        NoNullModel: If some parameters belong to no module that can reset them, or if what the network or a module
+            of it has for that fails. The message names them.
     """
     parameters = list(model.parameters())
     with torch.random.fork_rng(devices=cuda_devices(model)):
         torch.manual_seed(seed)
         if hasattr(type(model), "fresh"):
-            null = model.fresh(seed)
+            null = _from_own(f"{type(model).__name__}.fresh({seed})", lambda: model.fresh(seed))
         elif _is_hugging_face(model):
             null = type(model)(copy.deepcopy(model.config)).to(parameters[0])
         else:
@@ -155,16 +157,38 @@ def _is_hugging_face(model: nn.Module) -> bool:
     return loaded is not None and isinstance(model, loaded.PreTrainedModel)
 
 
+def kept_buffers(model: nn.Module, null: nn.Module) -> tuple[str, ...]:
+    """Names of what is stored with a network, is no parameter, and is the same in its null model.
+
+    Frozen batch norm is of this kind: scales, shifts and statistics are buffers, which no `reset_parameters` sets.
+
+    Args:
+        model: The network.
+        null: Its null model.
+    """
+    stored, other = model.state_dict().keys(), dict(null.named_buffers())
+    floats = ((name, b) for name, b in model.named_buffers() if name in stored and b.is_floating_point())
+    return tuple(name for name, b in floats if name in other and torch.equal(b, other[name]))
+
+
+def _from_own(what: str, make: Callable[[], Any]) -> Any:
+    """What code of the network itself gives; if it fails, that is why there is no null model."""
+    try:
+        return make()
+    except Exception as error:
+        raise NoNullModel(f"there is no null model: {what} fails: {type(error).__name__}: {one_line(error)}") from error
+
+
 def _reset(model: nn.Module) -> nn.Module:
     """Re-initialise in place; what is still nan afterwards belongs to nobody."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-        for module in reversed(list(model.modules())):  # parents last: they may change what their parts have
+        for name, module in reversed(list(model.named_modules())):  # parents last: they may change their parts
             # MultiheadAttention and Transformer have theirs with an underscore.
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is not None:
-                reset()
+                _from_own(f"{reset.__name__}() of {name or 'the model'} ({type(module).__name__})", reset)
     left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     if left:
         computed = "parametrizations" in left[0]

@@ -13,7 +13,7 @@ from residuum.data import ImageSet, Preparation, Splits, TextSet, TextSplits, ba
 from residuum.fitting import channels_of, check, labels_of, run_once
 from residuum.loading import LoadedModel
 from residuum.names import one_line, unknown
-from residuum.nulls import calibrate_, null_is_reset, null_model
+from residuum.nulls import calibrate_, kept_buffers, null_is_reset, null_model
 from residuum.probes import (
     SCALES,
     drops,
@@ -287,7 +287,8 @@ def _at_initialisation(
         found, _, lines = _measure(null, given, probes, config)
     except ValueError as error:  # there is none, or it cannot be measured: what was found is kept
         return None, str(error), []
-    return found, "", [RESET, *lines] if null_is_reset(model) else lines
+    about = [RESET + _about_kept(kept_buffers(model, null))] if null_is_reset(model) else []
+    return found, "", [*about, *lines]
 
 
 def _about_shuffled(loaded: LoadedModel, shuffled: LoadedModel | None) -> str:
@@ -362,6 +363,14 @@ def _about_limit(model: nn.Module) -> str:
     return f"Lipschitz limit {limit.bound:g} on the branch of every block, batch norm {norms}" + (
         "" if norms != "allowed" else ": the limit holds for the convolutions only"
     )
+
+
+def _about_kept(names: Sequence[str]) -> str:
+    """Which values of a network its null model still has; "" if none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+    return f"; buffers that these leave alone have the values of the network as given: {', '.join(names[:3])}{more}"
 
 
 def _about_outputs(found: Profile) -> str:
