@@ -419,3 +419,19 @@ def test_a_users_branch_must_be_what_the_block_adds() -> None:
 
     with pytest.raises(ValueError, match=r'block "cell" is not h \+ its branch'):
         cut(Wrong().eval(), torch.randn(2, 6))
+
+
+def test_sections_of_a_user_need_names_of_their_own() -> None:
+    """Else the report would show the numbers of the last as those of all."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Cell()
+
+        def cut(self, x: Tensor) -> Stream:
+            section = Section("cells", lambda x: x, (Block("cell", self.cell),))
+            return Stream(x, (section, section), lambda h: h)
+
+    with pytest.raises(ValueError, match=r"Twice.cut names its sections \['cells', 'cells'\]; give each a name of"):
+        cut(Twice().eval(), torch.randn(2, 6))

@@ -119,6 +119,9 @@ def _own(model: nn.Module, x: Any, blocks: Sequence[str] | None, *, prove: bool)
         return None
     if blocks is not None:
         raise ValueError(f"cut: {type(model).__name__} says itself what its blocks are; leave blocks out")
+    names = [section.name for section in stream.sections]
+    if len(set(names)) < len(names):
+        raise ValueError(f"cut: {type(model).__name__}.cut names its sections {names}; give each a name of its own")
     if prove and type(model).forward is not nn.Module.forward:
         with torch.no_grad():
             if not _close(stream.run(keep=False).output, output_of(model(x))):
