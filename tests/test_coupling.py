@@ -403,3 +403,15 @@ def test_the_command_couples_blocks_of_steps_from_equal_weights(tmp_path: Path) 
     content = json.loads((tmp_path / "a" / "config.json").read_text())
     assert content["network"]["alike"] == 1
     assert content["training"]["history"][-1]["sharing"][0]["deviations"] == [0, 0]
+
+
+def test_a_section_whose_only_block_changes_the_shape_has_none_to_start_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = ResNetConfig(widths=(4, 8), blocks=(2, 1), transition="projection", alike=1.0)
+    first, second = ResNet(config).sections
+    assert torch.equal(first[0].conv1.weight, first[1].conv1.weight)
+    assert not len(second)
+    options = ["--couple", "1", "--epochs", "1", "--limit", "40", "--device", "cpu", "--out", str(tmp_path / "a")]
+    assert main(["train", "--network", "resnet8", *options]) == 2
+    assert "coupling: no section of this ResNet has 2 blocks or more to couple" in capsys.readouterr().err

@@ -270,7 +270,7 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-        for blocks in self.sections if self.config.alike else ():
+        for blocks in filter(len, self.sections) if self.config.alike else ():
             common = copy.deepcopy(blocks[0])
             if self.config.alike < 1:
                 for conv in (module for module in common.modules() if isinstance(module, nn.Conv2d)):
