@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import oracles_spectra as oracles
 from conftest import MODELS, converted
 from residuum.cutting import cut
-from residuum.models import ResNet, ResNetConfig
+from residuum.models import Residual, ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.probes.spectral import lipschitz, settling, update_bound
 from residuum.profiles import Point, load, profile
@@ -226,6 +226,21 @@ def test_the_bound_is_the_product_of_the_parts() -> None:
     convs = guaranteed_norm(block.conv1, (6, 6)).value * guaranteed_norm(block.conv2, (6, 6)).value
     assert found.kind == "upper bound"
     assert float(found.value) == pytest.approx(float(convs) / (1 + 1e-5))  # two fresh batch norms
+
+
+def test_a_block_with_another_branch_has_no_bound_of_the_usual_one() -> None:
+    class Scaled(Residual):
+        def branch(self, h: Tensor) -> Tensor:
+            return 4 * super().branch(h)
+
+    torch.manual_seed(0)
+    model, x = ResNet(ResNetConfig((2,), (4,), 1)).eval(), torch.randn(2, 1, 6, 6)
+    model.sections[0][0].__class__ = Scaled
+    given = model.sections[0][1].branch
+    model.sections[0][1].branch = lambda h: 4 * given(h)
+    measures = lipschitz(model.cut(x), None)
+    assert "update_lipschitz_bound" not in measures
+    assert measures["update_lipschitz"].update == "own branch"
 
 
 def test_bounds_follow_the_chain_that_a_block_names() -> None:

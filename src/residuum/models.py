@@ -162,7 +162,8 @@ class Residual(nn.Module):
         """The block in a stream; where hooks or another forward can change what it gives its branch is left out."""
         own = type(self).forward is not Residual.forward or "forward" in vars(self)
         hooked = own or self._forward_hooks or self._forward_pre_hooks
-        chain = (self.norm1, self.conv1, self.norm2, self.conv2) if self.relaxed is None else ()
+        bounded = type(self).branch is Residual.branch and "branch" not in vars(self) and self.relaxed is None
+        chain = (self.norm1, self.conv1, self.norm2, self.conv2) if bounded else ()
         return Block(name, self, *((None, ()) if hooked else (self.branch, chain)))
 
     def forward(self, h: Float[Tensor, "example width_in row column"]) -> Float[Tensor, "example width row2 column2"]:
