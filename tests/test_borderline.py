@@ -58,6 +58,16 @@ def test_margins_of_several_labels_change_sign_where_the_exact_match_does() -> N
     assert none.isnan().all()
 
 
+def test_margins_of_several_certain_labels_have_the_sign_of_the_answer() -> None:
+    logits = torch.tensor([[30.0, 20, -5], [20, 30, -5], [-30, -20, -40], [3, -3, -5]])
+    labels = torch.tensor([[1, 0, 0]] * 4, dtype=torch.uint8)
+    found = margins(answering(logits), labels)["margin"].values[:, 0]
+    chances = logits.double().sigmoid()
+    torch.testing.assert_close(found.double(), chances[:, 0] - chances[:, 1], rtol=1e-5, atol=0)
+    assert found.sign().tolist() == [1, -1, -1, 1]
+    assert torch.equal(found > 0, readouts(answering(logits), labels)["accuracy"].values[:, -1].bool())
+
+
 def test_margins_of_tokens_are_means_over_those_that_count() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6))

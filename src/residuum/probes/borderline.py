@@ -39,24 +39,26 @@ def margins(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     output = stream.run(keep=False).output
     read = Reader.of(output, target, stream.mask)
     output = output.to(wide(output.dtype))
-    right, wrong = _several(output, read.target) if read.several else _single(output, read.target)
-    margin = right - wrong
+    margin = _several(output, read.target) if read.several else _single(output, read.target)
     margin = read.per_example(margin.masked_fill(margin.isinf(), torch.nan))
     last = last_section(stream.lengths)
     note = "mean over the counted tokens of an example" if read.counted is not None else ""
     return {"margin": measure([margin], [Point(last, stream.lengths[last])], "state", note=note)}
 
 
-def _single(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of the label, and of the most probable other class; ignored tokens get some numbers."""
+def _single(output: Tensor, target: Tensor) -> Tensor:
+    """Probability of the label less that of the most probable other class; ignored tokens get some numbers."""
     chances, label = output.softmax(-1), target.clamp(min=0)[..., None]
-    return chances.gather(-1, label)[..., 0], chances.scatter(-1, label, -torch.inf).amax(-1)
+    return chances.gather(-1, label)[..., 0] - chances.scatter(-1, label, -torch.inf).amax(-1)
 
 
-def _several(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of the least probable right label, and of the most probable wrong one."""
-    chances, right = output.sigmoid(), target.bool()
-    return chances.masked_fill(~right, torch.inf).amin(1), chances.masked_fill(right, -torch.inf).amax(1)
+def _several(output: Tensor, target: Tensor) -> Tensor:
+    """Probability of the least probable right label less that of the most probable wrong one; nan where one is none."""
+    right = target.bool()
+    a, b = output.masked_fill(~right, torch.inf).amin(1), output.masked_fill(right, -torch.inf).amax(1)
+    # Of two likely labels by what is left of 1, because near 1 probabilities have no digits to differ in.
+    margin = torch.where((a > 0) & (b > 0), (-b).sigmoid() - (-a).sigmoid(), a.sigmoid() - b.sigmoid())
+    return margin.masked_fill(right.all(1) | ~right.any(1), torch.nan)
 
 
 def groups(profile: Profile, *, width: float = 0.1, margin_kind: str = "full") -> dict[str, Profile]:
