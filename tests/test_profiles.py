@@ -202,6 +202,14 @@ def test_bootstrap_interval_is_about_two_standard_errors_wide() -> None:
         made.interval("q", level=95.0)
 
 
+def test_bootstrap_intervals_are_infinite_where_draws_are() -> None:
+    inf, nan = torch.inf, torch.nan
+    low, high = table([[inf, -inf, inf, 1.0, nan]] + 3 * [[inf, 2.0, 2.0, 3.0, nan]]).interval("q", draws=200)
+    assert low[:3].tolist() == [inf, -inf, 2]  # a third of the draws is without the first example
+    assert high[:3].tolist() == [inf, 2, inf]
+    assert low.isnan().tolist() == high.isnan().tolist() == 4 * [False] + [True]
+
+
 def test_rows_for_pandas(whole: Profile) -> None:
     frame = whole.to_pandas()
     assert list(frame.columns) == [

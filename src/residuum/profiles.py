@@ -128,7 +128,7 @@ class Profile:
             seed: Seed of the draws.
 
         Returns:
-            Lower and upper end; nan where no example has a value, infinite where draws are.
+            Lower and upper end; nan where no example has a value, infinite where the draw at that end is.
         """
         if not 0 < level < 1 or draws < 1:
             raise ValueError(f"interval: level must be between 0 and 1 and draws at least 1; given {level} and {draws}")
@@ -137,14 +137,17 @@ class Profile:
         if not n:
             return self.mean(name), self.mean(name)
         generator = torch.Generator().manual_seed(seed)
-        means = []
+        drawn = []
         for _ in range(draws):
             # Times that each example is drawn; a product with the table is faster than gathering its rows.
             times = torch.randint(n, (n,), generator=generator).bincount(minlength=n)
-            means.append(means_of_draws(values, times[None])[0])
-        tail = (1 - level) / 2
-        low, high = torch.stack(means).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-        return low, high
+            drawn.append(means_of_draws(values, times[None])[0])
+        means, tail = torch.stack(drawn), (1 - level) / 2
+        at = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+        ends, infinite = means.nanquantile(at, dim=0), means.isinf().any(0)
+        if infinite.any():  # between infinite draws nothing can be interpolated
+            ends = ends.where(~infinite, means.nanquantile(at, dim=0, interpolation="nearest"))
+        return ends[0], ends[1]
 
     def select(self, names: Collection[str]) -> "Profile":
         """The same with those of its quantities that are among these names."""
