@@ -89,6 +89,8 @@ def test_undefined_examples_are_left_out_of_their_column() -> None:
 def test_one_example_says_nothing_about_others() -> None:
     effect = over_examples(np.array([[0.7]]), lambda means: means[0], draws=20)
     assert (effect.value, effect.low, effect.high) == (0.7, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="over_examples: no examples given; it needs at least one row"):
+        over_examples(np.zeros((0, 2)), lambda means: means[0])
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (87, 10_000)])

@@ -150,7 +150,12 @@ def over_examples(
     Returns:
         The effect. It says what other examples would give for these networks, and nothing about other seeds. Of one
         example its interval is everything.
+
+    Raises:
+        ValueError: If there are no examples.
     """
+    if not len(values):
+        raise ValueError("over_examples: no examples given; it needs at least one row")
     generator, n = np.random.default_rng(0), len(values)
     table = torch.from_numpy(np.asarray(values, dtype=float))
 
