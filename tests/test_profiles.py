@@ -210,6 +210,27 @@ def test_bootstrap_intervals_are_infinite_where_draws_are() -> None:
     assert low.isnan().tolist() == high.isnan().tolist() == 4 * [False] + [True]
 
 
+def test_the_order_of_named_inputs_decides_nothing() -> None:
+    from conftest import MODELS
+
+    network, x = MODELS["gpt2"].build()
+    network.eval().requires_grad_(False)
+    order = torch.arange(x["input_ids"].shape[1])
+    expected = profile(network, [(x, None)], [passive(perturbation)])
+    for places in (order[None], order[None].expand_as(x["input_ids"])):
+        found = profile(network, [({"position_ids": places} | x, None)], [passive(perturbation)])
+        same(expected, found)
+    one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in x.items()}
+    single = profile(network, [(one | {"position_ids": order}, None)], [passive(perturbation)])
+    torch.testing.assert_close(single.measures["perturbation"].values, expected.measures["perturbation"].values[:1])
+    embedded = {name: value for name, value in x.items() if name != "input_ids"}
+    embedded = {
+        "position_ids": order[None],
+        "inputs_embeds": network.transformer.wte(x["input_ids"]).detach(),
+    } | embedded
+    same(expected, profile(network, [(embedded, None)], [passive(perturbation)]))
+
+
 def test_rows_for_pandas(whole: Profile) -> None:
     frame = whole.to_pandas()
     assert list(frame.columns) == [

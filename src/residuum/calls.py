@@ -60,6 +60,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def counting(x: Any) -> Tensor | None:
+    """The tensor of a batch whose dimension 0 counts the examples; None if there is no tensor.
+
+    It is the first one, unless that has one row that stands for all examples, as position_ids [1, token] can before
+    input_ids [example, token].
+    """
+    values = tree_flatten(dict(x) if isinstance(x, Mapping) else x)[0]
+    first, *others = [v for v in values if isinstance(v, Tensor) and v.ndim] or [None]
+    if first is None or len(first) != 1:
+        return first
+    alike = (v for v in others if v.shape[1 : first.ndim] == first.shape[1:])
+    return next((v for v in alike if len(v) != 1), first)
+
+
 def output_of(output: Any) -> Tensor:
     """The tensor that a model's output stands for: its logits where it names them, else its first tensor."""
     logits = getattr(output, "logits", None)

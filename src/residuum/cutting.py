@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from residuum.calls import cuda_devices, output_of, state_of
+from residuum.calls import counting, cuda_devices, output_of, state_of
 from residuum.finding import NAMING, Seen, find, uncompiled
 from residuum.recording import Reached, Recording, Replay, Twin, record
 from residuum.solve import of_the_batch
@@ -299,7 +299,7 @@ def _check_input(x: Any) -> None:
 
 def _check_batch(state: torch.Size, x: Any) -> None:
     """Measures are per example, so states must have the examples along dimension 0."""
-    first = next((v for v in tree_flatten(x)[0] if isinstance(v, Tensor) and v.ndim), None)
+    first = counting(x)
     if first is not None and (len(state) < 2 or state[0] != first.shape[0]):
         raise ValueError(
             f"cut: the batch has {first.shape[0]} examples along dimension 0, but the states have shape "

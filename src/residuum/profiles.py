@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
+from residuum.calls import counting
 from residuum.cutting import cut_all
 from residuum.draws import means_of_draws
 from residuum.files import read_tensors, write_tensors
@@ -329,8 +330,7 @@ def _remarks(measures: Mapping[str, Measure]) -> dict[str, str]:
 def _checked(batches: Iterable[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor | None, int]]:
     """The batches with their numbers of examples, empty and unequal ones refused."""
     for number, (x, target) in enumerate(batches):
-        parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
-        first = next((part for part in parts if isinstance(part, Tensor) and part.ndim), None)
+        first = counting(x)
         if first is None:
             raise ValueError(f"profile: batch {number} has no tensor in its input, which is a {type(x).__name__}")
         if not len(first):
