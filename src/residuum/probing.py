@@ -244,6 +244,7 @@ def probe(
         _about_outputs(found),
         _about_entries(found),
         _about_rounding(found, config.dtype),
+        _about_underflow(found, config.dtype),
         about_shuffled,
     )
     others = [f"at initialisation: {line}" for line in about_initial]
@@ -399,6 +400,20 @@ def _about_rounding(found: Profile, dtype: torch.dtype) -> str:
     return (
         f"in {str(dtype).removeprefix('torch.')} the updates of {small} of {len(steps.points)} blocks, differences of "
         f"rounded states and below {least:.2g} of their length, are rounding in good part; measure in float32"
+    )
+
+
+def _about_underflow(found: Profile, dtype: torch.dtype) -> str:
+    """How many examples have gradients that float16 has no numbers for, as of certain answers; "" if none."""
+    norms = [measure.values for name, measure in found.measures.items() if "gradient_norm" in name]
+    if not norms or dtype != torch.float16:
+        return ""
+    lost = int((torch.cat(norms, 1) == 0).any(1).sum())
+    if not lost:
+        return ""
+    return (
+        f"in float16 the gradients of {lost} of {len(found.examples)} examples are 0 at some block: it has no numbers "
+        "below 6e-08; no mean of a gradient's cosine there counts them; measure in float32 or bfloat16"
     )
 
 
