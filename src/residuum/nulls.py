@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-from residuum.calls import call_model, cuda_devices
+from residuum.calls import call_model, cuda_devices, evaluating
 from residuum.layers.held import held
 from residuum.layers.sharing import BATCH_NORMS, unshare_statistics
 from residuum.names import one_line
@@ -64,12 +64,10 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
 
 def _pass(model: nn.Module, norms: Sequence[nn.Module], batches: Iterable[tuple[Any, Tensor | None]]) -> int:
     """One pass over the data, with statistics that begin anew; the number of batches."""
-    modes = {module: module.training for module in model.modules()}
     momenta = {module: module.momentum for module in norms}
     used = 0
     try:
-        model.eval()
-        with torch.no_grad(), held(model):
+        with evaluating(model), torch.no_grad(), held(model):
             for module in norms:
                 module.reset_running_stats()
                 module.training = True  # not train(), which would reach dropout inside of it
@@ -78,8 +76,6 @@ def _pass(model: nn.Module, norms: Sequence[nn.Module], batches: Iterable[tuple[
                 call_model(model, x)
                 used += 1
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for module, momentum in momenta.items():
             module.momentum = momentum
     return used
