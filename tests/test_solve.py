@@ -39,7 +39,7 @@ SOLVERS = {
     "newton": NewtonKrylov(TIGHT),
     "newton, bicgstab": NewtonKrylov(TIGHT, linear=BiCGStab(1e-3)),
     "newton, dense": NewtonKrylov(TIGHT, linear=Dense()),
-    "gradient descent": GradientDescent(TIGHT, 3000),
+    "gradient descent": GradientDescent(TIGHT, 30_000),
 }
 LINEAR = {
     "neumann": Neumann(TIGHT, 3000),
