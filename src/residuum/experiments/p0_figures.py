@@ -292,7 +292,7 @@ def _along(ax: "Axes", results: Results, table: Table, quantity: str, strengths:
         _draw(ax, [point for point in points if point[0] <= end], name, number)
         for point in points:  # other kinds of coupling are no part of the line
             _draw(ax, [point] * (point[0] > end), "_", number)
-    _ticks(ax, strengths)
+    _ticks(ax, [name.replace(", ", "\n") for name in strengths])
     ax.set_xlabel(ALONG)
 
 
