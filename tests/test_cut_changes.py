@@ -98,3 +98,10 @@ def test_of_compiled_models_and_parts_the_stream_is_what_they_were_compiled_from
         stream = cut(torch.compile(own, backend="eager"), images)
         assert torch.equal(stream.run().output, own(images))
     assert type(parts.embed).__name__ == "OptimizedModule"
+
+
+def test_a_model_made_in_inference_mode_is_refused_in_words() -> None:
+    with torch.inference_mode():
+        model = Sides().eval().requires_grad_(False)
+    with pytest.raises(ValueError, match=r'parameter "embed\.weight" was made under torch\.inference_mode'):
+        cut(model, torch.randn(4, 5))

@@ -74,6 +74,12 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
 
 def _twin_of(model: nn.Module) -> nn.Module:
     """A deep copy that shares the parameters."""
+    made = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    if made is not None:
+        raise ValueError(
+            f'cut: parameter "{made}" was made under torch.inference_mode, which autograd cannot use; make or load the '
+            "model outside of it"
+        )
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # results kept on modules (old-style weight norm) cannot be deep-copied
         memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
