@@ -284,15 +284,18 @@ def largest_singular_value(
     Probabilistic upper bounds for the matrix two-norm.
     """
     _need("largest_singular_value", "products", products, 2)
-    right, left, diagonal, above = [_start(operator, seed, near)], [], [], []
-    steps = min(products // 2, right[0].shape[1])
+    start = _start(operator, seed, near)
+    steps = min(products // 2, start.shape[1])
+    right, diagonal, above = _basis(start, steps + 1), [], []
+    v = start
     for step in range(1, steps + 1):
-        u = operator.apply(right[-1].view_as(operator.domain))
-        flat, alpha = _new_direction(u.flatten(1), left)
-        left.append(flat)
-        w = operator.adjoint(flat.view_as(u)).flatten(1)
-        flat, beta = _new_direction(w, right)
-        right.append(flat)
+        image = operator.apply(v.view_as(operator.domain))
+        if step == 1:
+            left = _basis(image.flatten(1), steps)
+        u, alpha = _new_direction(image.flatten(1), left[:, : step - 1])
+        left[:, step - 1] = u
+        v, beta = _new_direction(operator.adjoint(u.view_as(image)).flatten(1).to(start), right[:, :step])
+        right[:, step] = v
         diagonal, above = [*diagonal, alpha], [*above, beta]
         if tolerance and step % 5 == 0:
             value, residual, _ = _bidiagonal(diagonal, above)
@@ -300,8 +303,8 @@ def largest_singular_value(
                 break
     value, residual, weights = _bidiagonal(diagonal, above)
     # Of a start (near + random / 2) at length 1, at least a third of the random one's part is left.
-    highest = _highest(diagonal, above, _LUCK * math.sqrt(math.pi / 2 / right[0].shape[1]) / (1 if near is None else 3))
-    v = sum(weight[:, None] * q for weight, q in zip(weights.to(right[0]).unbind(1), right, strict=True))
+    highest = _highest(diagonal, above, _LUCK * math.sqrt(math.pi / 2 / start.shape[1]) / (1 if near is None else 3))
+    v = torch.bmm(weights.to(right)[:, None], right[:, : step + 1])[:, 0]
     error = (highest - value).clamp_min(0)
     return Norm(value, "estimate from below", residual, error, 2 * step), v.view_as(operator.domain)
 
@@ -351,15 +354,16 @@ def spectral_radius(operator: Operator, *, products: int = 30, seed: int = 0) ->
     Source: Arnoldi (1951); Saad, Numerical Methods for Large Eigenvalue Problems, 6.2.
     """
     _need("spectral_radius", "products", products, 1)
-    basis = [_start(operator, seed)]
-    steps = min(products, basis[0].shape[1])
-    H = torch.zeros(len(basis[0]), steps + 1, steps, dtype=torch.float64)
+    q = _start(operator, seed)
+    steps = min(products, q.shape[1])
+    basis = _basis(q, steps + 1)
+    H = torch.zeros(len(q), steps + 1, steps, dtype=torch.float64)
     for j in range(steps):
-        w = operator.adjoint(basis[-1].view_as(operator.domain)).flatten(1)
-        flat, size = _new_direction(w, basis)
-        H[:, : j + 1, j] = torch.stack([(q * w).sum(1) for q in basis], 1).double().cpu()
+        w = operator.adjoint(q.view_as(operator.domain)).flatten(1).to(q)
+        q, size = _new_direction(w, basis[:, : j + 1])
+        basis[:, j + 1] = q
+        H[:, : j + 1, j] = torch.bmm(basis[:, : j + 1], w[:, :, None])[:, :, 0].double().cpu()
         H[:, j + 1, j] = size.double().cpu()
-        basis.append(flat)
     known = H.isfinite().all((1, 2))
     H = H.nan_to_num(0, 0, 0)
     values, vectors = torch.linalg.eig(H[:, :-1])
@@ -379,11 +383,20 @@ def _start(operator: Operator, seed: int, near: Tensor | None = None) -> Float[T
     return start if near is None else _unit(_unit(near.flatten(1).to(wide))[0] + start / 2)[0]
 
 
-def _new_direction(w: Tensor, basis: list[Tensor]) -> tuple[Float[Tensor, "example n"], Float[Tensor, " example"]]:
+def _basis(first: Float[Tensor, "example n"], count: int) -> Float[Tensor, "example {count} n"]:
+    """Room for so many vectors; the first is given."""
+    room = first.new_empty(len(first), count, first.shape[1])
+    room[:, 0] = first
+    return room
+
+
+def _new_direction(
+    w: Float[Tensor, "example n"], basis: Float[Tensor, "example k n"]
+) -> tuple[Float[Tensor, "example n"], Float[Tensor, " example"]]:
     """The part of w that is orthogonal to the basis, as a unit vector and its length; 0 where only rounding is left."""
     before = torch.linalg.vector_norm(w, dim=1)
-    for q in (*basis, *basis):  # once leaves a part of the size of the rounding errors, twice is enough
-        w = w - (q * w).sum(1, keepdim=True) * q
+    for _ in range(2):  # once leaves a part of the size of the rounding errors, twice is enough (Giraud et al. 2005)
+        w = torch.baddbmm(w[:, None], torch.bmm(w[:, None], basis.mT), basis, alpha=-1)[:, 0]
     unit, size = _unit(w)
     gone = size <= 32 * torch.finfo(w.dtype).eps * before
     return unit.masked_fill(gone[:, None], 0), size.masked_fill(gone, 0)
