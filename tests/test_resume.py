@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from forked import program
 from residuum.checkpoints import CheckpointError, Progress, resume_, save
 from residuum.data import Splits
 from residuum.layers.coupling import Coupling
@@ -25,17 +26,12 @@ from trainer import Coupled, Small, data
 TRAINER = Path(__file__).with_name("trainer.py")
 
 
-def program(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the trainer, under torchrun if there are several processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(*arguments: object) -> int:
+    """Run the trainer in two processes under torchrun."""
     paths = os.pathsep.join([str(TRAINER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TRAINER)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [*start, str(TRAINER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+    return subprocess.run([*command, *map(str, arguments)], env=environment, timeout=240, check=False).returncode
 
 
 def result(path: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -61,20 +57,20 @@ def same(a: Path, b: Path) -> None:
 )
 def test_killed_again_and_again_it_ends_the_same(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """kill -9 in the first step, inside an epoch, and in the first step of the last one."""
-    program(tmp_path / "whole", "-", "NORM", 0, *settings)
+    assert program(tmp_path / "whole", "-", "NORM", 0, *settings) == [0]
     for kill_at in (1, 5, 9):  # counted from each start: the run is killed before step 1, 5, 13 of 21
-        done = program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", kill_at, *settings, check=False)
-        assert done.returncode == -signal.SIGKILL
+        killed = program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", kill_at, *settings)
+        assert killed == [-signal.SIGKILL]
         assert not (tmp_path / "parts").exists()
-    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, *settings)
+    assert program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, *settings) == [0]
     same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
 def test_a_checkpoint_after_every_epoch_is_enough(tmp_path: Path) -> None:
-    program(tmp_path / "whole", "-", "NORM", 0)
-    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 11, "every=1000", check=False)
-    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, "every=1000")
+    assert program(tmp_path / "whole", "-", "NORM", 0) == [0]
+    assert program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 11, "every=1000") == [-signal.SIGKILL]
+    assert program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, "every=1000") == [0]
     same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -286,8 +282,8 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
 )
 def test_two_processes_without_batch_norm_equal_one(tmp_path: Path, settings: tuple[str, ...]) -> None:
     common = ("none", 0, "dropout=0", "dtype=float64", *settings)
-    program(tmp_path / "one", "-", *common)
-    program(tmp_path / "two", "-", *common, processes=2)
+    assert program(tmp_path / "one", "-", *common) == [0]
+    assert program(tmp_path / "two", "-", *common, processes=2) == [0, 0]
     (one, history), (two, rows) = result(tmp_path / "one"), result(tmp_path / "two")
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-12), name
@@ -297,7 +293,8 @@ def test_two_processes_without_batch_norm_equal_one(tmp_path: Path, settings: tu
 
 @pytest.mark.slow
 def test_two_processes_with_batch_norm_equal_one_that_normalises_the_parts(tmp_path: Path) -> None:
-    program(tmp_path / "two", "-", "NORM", 0, "dropout=0", "dtype=float64", "augment=none", processes=2)
+    settings = ("dropout=0", "dtype=float64", "augment=none")
+    assert program(tmp_path / "two", "-", "NORM", 0, *settings, processes=2) == [0, 0]
     two, history = result(tmp_path / "two")
     model = Small(norm=True, dropout=0).double()
     rows = by_parts(model, data())
@@ -337,11 +334,10 @@ def by_parts(model: nn.Module, splits: Splits) -> list[float]:
 
 @pytest.mark.slow
 def test_two_processes_can_be_killed_too(tmp_path: Path) -> None:
-    program(tmp_path / "whole", "-", "NORM", 0, processes=2)
-    done = program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 10, processes=2, check=False)
-    assert done.returncode != 0
+    assert program(tmp_path / "whole", "-", "NORM", 0, processes=2) == [0, 0]
+    assert torchrun(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 10) != 0
     assert (tmp_path / "checkpoint").exists()
-    program(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0, processes=2)
+    assert torchrun(tmp_path / "parts", tmp_path / "checkpoint", "NORM", 0) == 0
     same(tmp_path / "whole", tmp_path / "parts")
 
 

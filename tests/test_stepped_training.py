@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from forked import program
 from residuum.bytes import Bytes
 from residuum.cli import main
 from residuum.layers.anystep import step_of
@@ -21,7 +22,7 @@ from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.solvers import Anderson
 from residuum.training import TrainConfig, train
-from test_resume import program, result
+from test_resume import result
 from trainer import data
 
 SMALL = ResNetConfig(blocks=(2, 1), widths=(4, 8), channels=1, norm="group")
@@ -132,8 +133,8 @@ def test_memory_is_flat_in_depth(step: object) -> None:
 @pytest.mark.parametrize("step", ["verlet", pytest.param("theta:0.5", marks=pytest.mark.slow)])
 def test_two_processes_that_rebuild_states_equal_one_that_stores_them(tmp_path: Path, step: str) -> None:
     common = ("none", 0, "dtype=float64", "augment=none", f"step={step}")
-    program(tmp_path / "one", "-", *common)
-    program(tmp_path / "two", "-", *common, "reversible=1", "accumulate=2", processes=2)
+    assert program(tmp_path / "one", "-", *common) == [0]
+    assert program(tmp_path / "two", "-", *common, "reversible=1", "accumulate=2", processes=2) == [0, 0]
     (one, history), (two, rows) = result(tmp_path / "one"), result(tmp_path / "two")
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-8), name
