@@ -4,19 +4,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from residuum import drawing
 from residuum.claims import judge
 from residuum.cli import main
 from residuum.reproduce import choose, gather, keep_runs, kept_runs, stand_ins
 
 
-def reproduced(paper: str, folder: Path, *, workers: int = 2) -> list[dict[str, Any]]:
+def reproduced(
+    paper: str, folder: Path, *, workers: int = 2, formats: tuple[str, ...] = ("png",)
+) -> list[dict[str, Any]]:
     """Carry out all runs of a paper; kept runs must give the same verdicts, and as many figures.
+
+    Args:
+        paper: Its name.
+        folder: Where.
+        workers: Runs at a time.
+        formats: Of its figures. PDF takes as long as all the rest of some.
 
     Returns:
         The paper's claims.
     """
     out, kept = folder / "out", folder / "kept"
-    assert main(["reproduce", paper, "--scale", "tiny", "--out", str(out), "--workers", str(workers)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "FORMATS", formats)
+        assert main(["reproduce", paper, "--scale", "tiny", "--out", str(out), "--workers", str(workers)]) == 0
     choice = choose("tiny", [paper])
     jobs = stand_ins(choice.jobs, {})
     assert keep_runs(choice.studies, gather(jobs, out), kept) == len(choice.jobs)
