@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# One thread per process: OpenMP threads of several processes fight for the cores.
-ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# One thread per process: OpenMP threads of several processes fight for the cores. Bytecode is kept whatever the
+# environment says: without it every process that a test starts compiles everything again.
+ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: setup demo test test-all lint bench clean
 
