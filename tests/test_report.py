@@ -334,6 +334,12 @@ def test_what_is_rounded_away_is_not_said() -> None:
     assert "at least 99\u00a0% of the answers are" in titles.agreement(table, (2,))
 
 
+def test_blocks_that_did_nothing_at_initialisation_do_more_now() -> None:
+    tables = [{"scaled_perturbation": {(0, 0, 1): Value(mean, 0.0, 5)}} for mean in (0.12, 0.0)]
+    assert titles.step(*tables, "before").endswith("12.0\u00a0% of its length on average, more than before (0\u00a0%)")
+    assert titles.step(tables[1], tables[1], "before").endswith("about as much as before (0\u00a0%)")
+
+
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no result folder given"):
         report.write([], tmp_path / "page.html")

@@ -1,7 +1,7 @@
 """The conclusion above each chart of the report, worked out from its numbers."""
 
 from collections.abc import Callable, Sequence
-from math import exp, fsum
+from math import exp, fsum, inf
 from typing import Any
 
 from residuum.answers import GUESSING
@@ -53,7 +53,7 @@ def step(trained: Table, initial: Table | None, before: str) -> str:
     if not initial or "scaled_perturbation" not in initial:
         return text
     fresh = mean_of(initial, "scaled_perturbation")
-    ratio = mean / fresh if fresh else 1.0
+    ratio = mean / fresh if fresh else inf if mean else 1.0
     word = "about as much as" if 0.9 <= ratio <= 1.1 else "less than" if ratio < 1 else "more than"
     return f"{text}, {word} {before} ({percent(fresh)})"
 
