@@ -240,7 +240,7 @@ def judge(claim: Claim, results: Results) -> Judged:
     try:
         found = claim.test(results)
     except ValueError as error:
-        return Judged(claim, f"could not be computed: {error}", "inconclusive")
+        return Judged(claim, f"could not be computed: {one_line(error)}", "inconclusive")
     except FAULTS as error:
         said = f"could not be computed: {claim.id}: {type(error).__name__}: {one_line(error)}"
         return Judged(claim, said, "inconclusive")
