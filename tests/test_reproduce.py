@@ -266,6 +266,14 @@ def test_a_page_with_charts_has_a_place_for_each(tmp_path: Path) -> None:
     assert len(set(places)) == len(places)
 
 
+def test_names_of_lines_are_text_in_the_legend_and_escaped_where_one_points() -> None:
+    figure, (axes,) = drawing.panels("Title", 1, 1)
+    drawing.line(axes, [1, 2], [1, 2], label="L < 20 & more", number=0)
+    ((_, chart),) = shown(FIGURE, figure).charts
+    assert chart["series"][0]["name"] == "L < 20 & more"
+    assert chart["series"][0]["hover"][0].startswith("L &lt; 20 &amp; more<br>")
+
+
 def test_empty_tables_are_said_to_be() -> None:
     assert counts([]) == "no claims"
     assert "## p9\n\nno claims." in markdown("t", [], [("p9", [])])

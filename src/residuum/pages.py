@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from residuum.charts import Chart, literal
 from residuum.claims import VERDICTS, Figure, Judged
+from residuum.readings import shortened
 from residuum.report import fill
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def _line(axes: "Axes", line: "Line2D", title: str, ends: list[list[float]]) -> 
     else:
         x, y = line.get_xdata(), line.get_ydata()
     x, y = [float(v) for v in x], [float(v) for v in y]
-    name = "" if title.startswith("_") else literal(title)
+    name = "" if title.startswith("_") else shortened(title, 60)  # the legend sets it as text
     names = {} if axes.name == "3d" else {place: text for place, text in _named(axes).get("ticks", ()) if _word(text)}
     label, hover = literal(axes.get_xlabel()), []
     for a, b in zip(x, y, strict=True):
         near = min(names, key=lambda place: abs(place - a), default=math.inf)
         where = names[near] if abs(near - a) < 0.5 else f"{a:.4g}"  # lines beside each other stand beside their name
-        hover.append("<br>".join((name or "&nbsp;", f"{label}: {where}" if label else where, f"<b>{b:.4g}</b>")))
+        hover.append("<br>".join((literal(name) or "&nbsp;", f"{label}: {where}" if label else where, f"<b>{b:.4g}</b>")))
     look = _look(line)
     marked, joined = line.get_marker() not in _NOTHING, line.get_linestyle() not in _NOTHING
     return {
