@@ -1,6 +1,7 @@
 """Reproducing: what is chosen, what stands in for what, and reports that are whole, safe and say what is missing."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +273,16 @@ def test_names_of_lines_are_text_in_the_legend_and_escaped_where_one_points() ->
     ((_, chart),) = shown(FIGURE, figure).charts
     assert chart["series"][0]["name"] == "L < 20 & more"
     assert chart["series"][0]["hover"][0].startswith("L &lt; 20 &amp; more<br>")
+
+
+def test_what_is_infinite_is_left_out_of_a_page() -> None:
+    figure, (axes,) = drawing.panels("Title", 1, 1)
+    drawing.line(axes, [1, 2, 3], [1, math.inf, math.nan], label="exploded", number=0)
+    drawing.line(axes, [1, 2], [1, 2], label="of one seed", number=1, spread=[0.5, math.nan])
+    found = shown(FIGURE, figure)
+    assert [series["y"] for series in found.charts[0][1]["series"]] == [[1, 2], [1, None, None]]
+    assert found.charts[0][1]["series"][0]["low"] == [0.5, 2]
+    assert "exploded" in page("t", [], [found], [])
 
 
 def test_empty_tables_are_said_to_be() -> None:

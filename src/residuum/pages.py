@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from residuum.charts import Chart, literal
 from residuum.claims import VERDICTS, Figure, Judged
-from residuum.readings import shortened
+from residuum.readings import finite, shortened
 from residuum.report import fill
 
 if TYPE_CHECKING:
@@ -118,19 +118,21 @@ def _line(axes: "Axes", line: "Line2D", title: str, ends: list[list[float]]) -> 
     x, y = [float(v) for v in x], [float(v) for v in y]
     name = "" if title.startswith("_") else shortened(title, 60)  # the legend sets it as text
     names = {} if axes.name == "3d" else {place: text for place, text in _named(axes).get("ticks", ()) if _word(text)}
-    label, hover = literal(axes.get_xlabel()), []
+    head, label, hover = literal(name) or "&nbsp;", literal(axes.get_xlabel()), []
     for a, b in zip(x, y, strict=True):
         near = min(names, key=lambda place: abs(place - a), default=math.inf)
         where = names[near] if abs(near - a) < 0.5 else f"{a:.4g}"  # lines beside each other stand beside their name
-        hover.append("<br>".join((literal(name) or "&nbsp;", f"{label}: {where}" if label else where, f"<b>{b:.4g}</b>")))
+        hover.append("<br>".join((head, f"{label}: {where}" if label else where, f"<b>{b:.4g}</b>")))
+    # A bar that is not finite is not drawn.
+    bars = [end or [v, v] for end, v in zip(ends, y, strict=True)] if len(ends) == len(y) else []
     look = _look(line)
     marked, joined = line.get_marker() not in _NOTHING, line.get_linestyle() not in _NOTHING
     return {
         "name": name,
-        "x": x,
-        "y": [v if v == v else None for v in y],
-        "low": [low for low, _ in ends] if len(ends) == len(x) else [],
-        "high": [high for _, high in ends] if len(ends) == len(x) else [],
+        "x": [finite(v) for v in x],
+        "y": [finite(v) for v in y],
+        "low": [finite(low) for low, _ in bars],
+        "high": [finite(high) for _, high in bars],
         "hover": hover,
         "mode": "lines+markers" if marked and joined else "markers" if marked else "lines",
         "fresh": look["symbol"].endswith("-open"),
