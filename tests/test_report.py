@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -338,6 +339,19 @@ def test_blocks_that_did_nothing_at_initialisation_do_more_now() -> None:
     tables = [{"scaled_perturbation": {(0, 0, 1): Value(mean, 0.0, 5)}} for mean in (0.12, 0.0)]
     assert titles.step(*tables, "before").endswith("12.0\u00a0% of its length on average, more than before (0\u00a0%)")
     assert titles.step(tables[1], tables[1], "before").endswith("about as much as before (0\u00a0%)")
+
+
+def test_distances_of_nothing_have_no_place_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    results = [report.read(folder(tmp_path / str(n), lengths=(n,), title=str(n))) for n in (2, 3, 4)]
+    nothing = {key: Value(0.0, 0.0, 5) for key in results[0].trained["scaled_perturbation"]}
+    results[0] = replace(results[0], trained=results[0].trained | {"scaled_perturbation": nothing})
+    found = report.many_panels(results)["law"]
+    assert found.title.startswith("From 3 to 4 blocks")
+    assert found.chart["series"][0]["x"] == [3, 4]
+    assert "law" not in report.many_panels(results[:2])
+    table = {"scaled_perturbation": {(0, 0, 1): Value(0.5, 0.0, 5)}}
+    networks = [("a", table, (1, 0)), ("b", table, (2, 0))]
+    assert [line["name"] for line in charts.distance_by_depth("law", networks)["series"]] == ["section 1"]
 
 
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:

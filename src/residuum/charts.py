@@ -238,10 +238,10 @@ def distance_by_depth(key: str, networks: Sequence[tuple[str, Table, Sequence[in
     series = []
     for s in range(len(networks[0][2])):
         found = sorted((lengths[s], distance(table, s), name) for name, table, lengths in networks)
+        found = [point for point in found if point[1] > 0]  # not of sections without blocks, or whose blocks do nothing
         hover = [f"{literal(name, 30)}<br>section {s + 1}: {n} blocks<br>distance {number(d)}" for n, d, name in found]
-        series.append(
-            series_of(f"section {s + 1}", s, [n for n, _, _ in found], [Value(d, 0.0, 0) for _, d, _ in found], hover)
-        )
+        values = [Value(d, 0.0, 0) for _, d, _ in found]
+        series += [series_of(f"section {s + 1}", s, [n for n, _, _ in found], values, hover)] if found else []
     x = {"kind": "plain", "title": "blocks in the section, logarithmic", "log": True}
     y = {"title": "scaled distance, logarithmic", "percent": False, "range": None, "log": True}
     return {"id": key, "x": x, "y": y, "series": series}

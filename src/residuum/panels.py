@@ -57,7 +57,8 @@ def many_panels(results: Sequence[Result]) -> dict[str, Panel]:
         if chart and having:
             found[key] = Panel(chart, titles.compared(key, having))
     found |= _further([*curves, *fresh])
-    having = [network for network in networks if "scaled_perturbation" in network[1]]
+    # Logarithms need distances above 0.
+    having = [network for network in networks if "scaled_perturbation" in network[1] and titles.distance(network[1])]
     same_sections = len({len(lengths) for _, _, lengths in having}) == 1
     if same_sections and len({sum(lengths) for _, _, lengths in having}) > 1:
         found["law"] = Panel(charts.distance_by_depth("law", having), titles.law(having))
