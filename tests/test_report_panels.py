@@ -10,7 +10,7 @@ import torch
 
 from folders import HOSTILE, folder
 from measured import ESTIMATE, change, edit, estimates, everything, without
-from residuum import changed, conclusions, panels, plots, report
+from residuum import changed, conclusions, panels, plots, report, titles
 from residuum.models import ResNet, ResNetConfig
 from residuum.probes import drops, interventions, loss_changes
 from residuum.profiles import load, profile
@@ -287,6 +287,15 @@ def test_borderline_examples(tmp_path: Path) -> None:
     frame.drop(columns="group").to_parquet(path / "groups.parquet")
     with pytest.raises(ValueError, match=r"groups\.parquet lacks group"):
         report.read(path)
+
+
+def test_the_last_block_is_that_of_the_last_section_with_blocks() -> None:
+    keys, means = ((0, 0, 1), (0, 1, 1), (0, 2, 1), (1, 0, 1)), (0.1, 0.2, 0.9, 0.9)
+    right = {key: Value(mean, 0.0, 50) for key, mean in zip(keys, means, strict=True)}
+    groups = {"borderline": {"accuracy": right}, "all": {"accuracy": right}}
+    assert "from 20.0\u00a0% to 90.0\u00a0% right" in conclusions.borderline(groups, (2, 0))
+    left = {"distance_to_last": {(0, i, 1): Value(mean, 0.0, 50) for i, mean in enumerate((1.0, 0.9, 0.0))}}
+    assert "half of its way is done: 100\u00a0% in a" in titles.compared("last", [("a", left, (2, 0))])
 
 
 def test_curves_over_epochs_go_from_light_to_dark(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from residuum import changed
 from residuum.answers import GUESSING
 from residuum.changed import by_count, intact, kind
 from residuum.readings import Table, Value, listed, number, percent, place
+from residuum.schedules import last_section
 
 Lengths = Sequence[int]
 NAMES = ("convergence", "recurrence", "divergence")
@@ -222,13 +223,14 @@ def hopeless(found: dict[str, Any]) -> str:
     return f"{percent(own)} of its answers are wrong, by guessing {percent(chance)}"
 
 
-def borderline(groups: dict[str, Table]) -> str:
-    """Of the charts of borderline examples: their part, and what the last blocks do to them."""
+def borderline(groups: dict[str, Table], lengths: Lengths) -> str:
+    """Of the charts of borderline examples: their part, and what the last block does to them."""
     if "accuracy" not in groups.get("borderline", {}):
         return "No example is borderline: every answer is clear by 10\u00a0points or more"
     values = groups["borderline"]["accuracy"]
     count = values[max(values)].count
-    start, end = (section_state(values, which).mean for which in (-2, -1))
+    states = [values[key].mean for key in sorted(values) if key[0] == last_section(lengths)]
+    start, end = states[-2:] if len(states) > 1 else states * 2
     total = next(iter(groups["all"]["accuracy"].values())).count
     if count < _FEW:
         verb = "is" if count == 1 else "are"
@@ -245,12 +247,6 @@ def moved(quantity: str, lines: dict[str, dict[int, Value]], x: str) -> str:
     what = {"accuracy": "Right answers", "loss": "Loss", "entropy": "Entropy"}[quantity]
     where = "the last blocks" if "blocks" in x else "extra steps"
     return f"{what} over {where}: {', '.join(parts)}"
-
-
-def section_state(values: dict[tuple[int, int, int], Value], which: int) -> Value:
-    """A value at one of the last states."""
-    states = [values[key] for key in sorted(values)]
-    return states[max(which, -len(states))]
 
 
 def learned(rows: Sequence[dict[str, Any]], quantity: str, section: str) -> str:

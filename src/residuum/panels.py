@@ -321,7 +321,7 @@ def _groups(result: Result) -> dict[str, Panel]:
 
 def _group_title(quantity: str, result: Result, lines: Sequence[Line], x: str) -> str:
     if quantity == "accuracy" and "blocks" in x:
-        return conclusions.borderline(result.groups)
+        return conclusions.borderline(result.groups, result.lengths)
     return conclusions.moved(quantity, {line.name: line.points for line in lines if line.points}, x)
 
 

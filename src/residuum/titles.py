@@ -8,6 +8,7 @@ from residuum.answers import GUESSING
 from residuum.changed import intact, kind
 from residuum.conclusions import Lengths, costs, power
 from residuum.readings import Table, cosine, listed, number, percent, place, shortened, whole
+from residuum.schedules import last_section
 
 SAME = 0.01  # an early exit within one point of the final accuracy is "as good"
 
@@ -271,8 +272,9 @@ def _settled_part(table: Table, lengths: Lengths, quantity: str = "accuracy") ->
 
 
 def _half_part(table: Table, lengths: Lengths) -> float:
-    half = half_way(table, len(lengths) - 1)
-    return 0.0 if half is None else half / lengths[-1]
+    section = last_section(lengths)
+    half = half_way(table, section)
+    return 0.0 if half is None else half / lengths[section]
 
 
 def _good(table: Table, change: str) -> float:
