@@ -250,6 +250,12 @@ def test_titles_tell_the_truth(tmp_path: Path, quantity: str, mean: float, key: 
     assert said in titles_of(path)[key].replace("\u2212", "-")
 
 
+def test_every_example_is_every_one() -> None:
+    shares = {"settles": 0.996, "marginal": 0.0, "drifts": 0.004}
+    table = {name: {(0, 0, 1): Value(share, 0.0, 1000)} for name, share in shares.items()}
+    assert conclusions.settling(table).endswith("settle for 99.6\u00a0%, drift for 0.40\u00a0% of the examples")
+
+
 def test_one_section_has_no_ratio_of_gradients(tmp_path: Path) -> None:
     path = everything(tmp_path / "a", lengths=(3,))
     change(path, "gradient_norm", 0.5)

@@ -127,7 +127,7 @@ def settling(table: Table) -> str:
     words = {"settles": "settle", "marginal": "be marginal", "drifts": "drift"}
     shares = {word: next(iter(table[name].values())).mean for name, word in words.items()}
     word, most = max(shares.items(), key=lambda item: item[1])
-    if most > 0.995:
+    if most == 1:
         return f"Run on and on, the last block would {word} for every example"
     parts = ", ".join(f"{word} for {percent(share)}" for word, share in shares.items() if share > 0)
     return f"Run on and on, the last block would {parts} of the examples"
