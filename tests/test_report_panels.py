@@ -371,6 +371,15 @@ def test_several_networks_are_compared(tmp_path: Path) -> None:
     assert panels.tables(several)["settling"].title == "Run on and on, would the last block settle"
 
 
+def test_no_two_curves_of_a_chart_look_alike(tmp_path: Path) -> None:
+    one = report.read(everything(tmp_path / "a", lengths=(3, 3)))
+    several = [replace(one, label=str(number)) for number in range(6)]
+    found = panels.one_panels(replace(one, shuffled=one.trained))
+    for panel in (panels.many_panels(several)["stretch"], found["unroll"], found["stretch"]):
+        looks = [(line["style"], line["fresh"]) for line in panel.chart["series"]]
+        assert len(set(looks)) == len(looks)
+
+
 def test_formulas_have_subscripts_and_stay_text() -> None:
     assert report.subscripts("h_{l+1} = b_l(<x>)") == "h<sub>l+1</sub> = b<sub>l</sub>(&lt;x&gt;)"
 

@@ -153,12 +153,13 @@ def _shown(key: str, curves: Sequence[Curve]) -> list[Curve]:
             for c in curves
         ]
     if key == "stretch":
+        apart = max([4, *(curve.style + 1 for curve in curves)])  # so that no bound looks like another network
         bounds = [
             replace(
                 curve,
                 name=f"{curve.name}: upper bound",
                 table={"update_lipschitz": curve.table["update_lipschitz_bound"]},
-                style=curve.style + 4,
+                style=curve.style + apart,
                 hidden=curve.hidden or curve.fresh,
             )
             for curve in curves
@@ -256,6 +257,8 @@ def _steps(curve: Curve, quantity: str, *, hidden: bool) -> list[Line]:
             how = "" if scale == "1" else f", steps \u00d7 {scale}"
             name = f"{section}{how}, {curve.name}"
             style = s if scale == "1" else last + changed.scales(curve.table, quantity).index(scale)
+            if hidden and not curve.fresh:  # open markers tell the one at initialisation from the network itself
+                style += 4 + curve.style
             lines.append(Line(name, style, steps, curve.fresh, hidden))
     return lines
 
