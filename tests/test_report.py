@@ -320,6 +320,18 @@ def test_outputs_that_are_not_finite_come_first_and_are_no_findings(tmp_path: Pa
         assert not titles.TITLES.keys() & {panel.title for panel in panels.values()}
 
 
+def test_a_comparison_says_of_a_network_what_its_own_page_says(tmp_path: Path) -> None:
+    """Not how often one is right whose outputs are all nan, and not how many parameters where that is not known."""
+    results = [report.read(folder(tmp_path / name, title=name)) for name in "ab"]
+    del results[1].about["parameters"]
+    lost = replace(results[0], broken=results[0].about["examples"])
+    for given, shown in ((results, 2), ([lost, results[1]], 1)):
+        page = report.render(given)
+        cells = re.findall(r'data-is="right at the end" class="n">(.*?)</td>', page)
+        assert [cell != "\u2013" for cell in cells] == [shown == 2, True]
+        assert 'data-is="parameters" class="n">\u2013</td>' in page
+
+
 def test_an_axis_of_percentages_has_room() -> None:
     table = {"angular_distance": {(0, i, 1): Value(1e-9, 0.0, 5) for i in range(3)}}
     curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)
