@@ -210,6 +210,13 @@ def test_the_scale_of_the_paper_has_the_grids_of_the_specification() -> None:
     assert (summed, one, unequal) == ("1, sum", "1, all", "0, unequal")
 
 
+def test_the_figure_of_subsets_has_all_images_at_their_number() -> None:
+    """In the scale of the paper a data set is whole, and 0 has no place on a logarithmic axis."""
+    draw = next(figure.draw for figure in study("p0", "paper").figures if figure.id == "p0-d")
+    sizes = {data: list(table) for data, table in draw.keywords["tables"].items()}
+    assert (sizes["mnist"][-1], sizes["cifar10"][-1], sizes["clutter3"][-1]) == (60_000, 50_000, 100_000)
+
+
 def test_half_a_point_with_scatter_is_inconclusive_and_undefined_indices_say_so() -> None:
     def scattered(run: Run, name: str) -> float | None:
         if name == "accuracy":

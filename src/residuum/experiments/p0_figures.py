@@ -22,6 +22,7 @@ from residuum.experiments.p0_runs import (
     cells_of,
     errors_by_blocks,
     guess_error,
+    images_of,
     index_of,
     of_cell,
     shuffled_of,
@@ -56,7 +57,7 @@ def figures(scale: str) -> tuple[Figure, ...]:
             size: {cell: of_cell(scale, data, cell, size=size) for cell in ends[data] if _sized(scale, cell)}
             for size in at.sizes[data]
         }
-        | {at.data[data].train or 0: {cell: runs for cell, runs in ends[data].items() if _sized(scale, cell)}}
+        | {images_of(scale, data): {cell: runs for cell, runs in ends[data].items() if _sized(scale, cell)}}
         for data in at.sizes
     }
     clutter = {data: table for data, table in ends.items() if SETS[data].startswith("Digitclutter")}

@@ -235,7 +235,7 @@ def run_of(
     """
     at = SCALES[scale]
     images = at.data[data]
-    count = size or images.train or _FULL[images.name]
+    count = size or images_of(scale, data)
     colours, classes, side = _SHAPES.get(images.name, (1, 10, 32))
     limit = None if cell.bound is None else Limit(cell.bound, side, "clipped" if cell.clipped else "allowed")
     network = ResNetConfig(
@@ -253,6 +253,12 @@ def run_of(
     )
     given = replace(images, train=count if size else images.train, shuffled=shuffled)
     return Run(network, given, training, PROBES if measure else (), at.measured, seed)
+
+
+def images_of(scale: str, data: str) -> int:
+    """How many training images a data set has."""
+    images = SCALES[scale].data[data]
+    return images.train or _FULL[images.name]
 
 
 _FULL = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
