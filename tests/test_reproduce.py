@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from residuum import drawing, pages, reproduce
 from residuum.claims import Claim, Figure, Obtained, Results
 from residuum.cli import main
+from residuum.experiments import p3_extended
 from residuum.pages import counts, markdown, page, shown
 from residuum.reproduce import Choice, check_data, choose, gather, listing, report, stand_ins, summary
 from residuum.runs import Run
@@ -265,6 +266,15 @@ def test_a_page_with_charts_has_a_place_for_each(tmp_path: Path) -> None:
     assert places == [chart["id"] for chart in data["charts"]]
     assert len(places) == 2
     assert len(set(places)) == len(places)
+
+
+def test_lines_of_penalties_differ_on_a_page() -> None:
+    """Dashes of one's own are dashes on a page: a fifth weight would look like the second."""
+    figure, (axes,) = drawing.panels("Title", 1, 1)
+    for style in p3_extended.LINES:
+        axes.plot([1, 2], [1, 2], color="black", **style)
+    ((_, chart),) = shown(FIGURE, figure).charts
+    assert len({(line["drawn"]["dash"], line["mode"]) for line in chart["series"]}) == len(p3_extended.LINES) == 5
 
 
 def test_names_of_lines_are_text_in_the_legend_and_escaped_where_one_points() -> None:

@@ -12,6 +12,9 @@ from residuum.experiments.p3_runs import BOUNDS, NETWORKS, Scale
 from residuum.stability import amplification
 from residuum.toys.problems import STIFF, orbit
 
+# Weights of a penalty; a page has no other dashes than these.
+LINES = ({"ls": "-"}, {"ls": "--"}, {"ls": ":"}, {"ls": "-."}, {"ls": "-", "marker": "."})
+
 
 def penalties(folders: Folders) -> Drawn:
     """What a penalty on the divergence of the right-hand side costs: the solver's steps, and the loss, over epochs.
@@ -29,8 +32,7 @@ def penalties(folders: Folders) -> Drawn:
             history = values(folder)["history"]
             rows = [(r["epoch"], [v for v in r[name] if v is not None]) for r in history]
             epochs, found = zip(*[(epoch, median(alive)) for epoch, alive in rows if alive], strict=True)
-            style = {"color": colour_of(example)}
-            style["ls"] = ("-", "--", ":", "-.", (0, (1, 3)))[weights.index(example.divergence) % 5]
+            style = {"color": colour_of(example), **LINES[weights.index(example.divergence) % len(LINES)]}
             axes.plot(epochs, found, label=f"theta = {example.theta:g}, penalty {example.divergence:g}", **style)
             if len(found) < len(rows):
                 axes.plot(epochs[-1:], found[-1:], "x", color=style["color"])
