@@ -1,6 +1,7 @@
 """The report without a browser: what the page says, what it refuses, and that a folder's text stays text."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 
 from folders import HOSTILE, folder
-from residuum import charts, readings, report, titles
+from residuum import charts, conclusions, facts, readings, report, titles
 from residuum.readings import Value
 
 
@@ -413,6 +414,21 @@ def test_numbers_as_people_write_them() -> None:
         "1.00e\u221209",
         "\u22120.5",
     ]
+
+
+def test_what_is_rounded_to_nothing_has_no_sign() -> None:
+    assert [readings.percent(-1e-6), readings.cosine(-0.001), readings.points(-1e-5), readings.number(-0.0)] == [
+        "0.00\u00a0%",
+        "0.00",
+        "0.0\u00a0points",
+        "0",
+    ]
+    assert [readings.number(v) for v in (-math.inf, -1e-9)] == ["\u2212inf", "\u22121.00e\u221209"]
+    assert [readings.cosine(v) for v in (0.05, -0.05)] == ["+0.05", "\u22120.05"]
+    found = {name: {"network": {"value": -0.002, "low": -0.02, "high": 0.004}} for name in ("turning", "last_step")}
+    assert facts._index(found, "turning", None, (2,)) == "0.00 [\u22120.02, 0.00]"
+    assert facts._index(found, "last_step", None, (2,)) == "\u22120.002 [\u22120.02, 0.004]"
+    assert conclusions.companions({"last_step": {"network": {"value": 0.002}}}).endswith("its first: 0.002 times")
 
 
 def test_settled_is_the_first_state_that_stays_good() -> None:

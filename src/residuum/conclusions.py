@@ -197,7 +197,7 @@ def companions(found: dict[str, Any]) -> str:
     step, left = ((found.get(name) or {}).get("network") for name in ("last_step", "remaining_distance"))
     if step is not None:
         word = "shorter than" if step["value"] < 0.9 else "longer than" if step["value"] > 1.1 else "about as long as"
-        return f"The last step of a section is {word} its first: {step['value']:.2f} times"
+        return f"The last step of a section is {word} its first: {number(step['value'])} times"
     if left is not None:
         return f"After a block, {percent(left['value'])} of the way are left on average"
     return "The path of the states"

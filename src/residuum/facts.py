@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from residuum import conclusions
 from residuum.folders import Result
-from residuum.readings import Table, Value, number, percent, place, whole, with_error
+from residuum.readings import Table, Value, number, percent, place, signed, whole, with_error
 
 INDICES = {
     "convergence": "convergence",
@@ -169,11 +169,12 @@ def _index(found: dict[str, Any], name: str, section: int | None, lengths: Seque
         alone = "" if conclusions.hopeless(found) and name in INDICES else conclusions.undefined(found, blocks, name)
         return f"undefined: {alone}" if alone else "undefined"
     low, high = estimate["low"], estimate["high"]
-    text = f"{estimate['value']:.2f}"
+    show = number if name == "last_step" else "{:.2f}".format  # a ratio, of any size
+    text = signed(show(estimate["value"]))
     if low is not None and high is not None:
-        text += f" [{low:.2f}, {high:.2f}]"
+        text += f" [{signed(show(low))}, {signed(show(high))}]"
     lost = estimate.get("undefined_draws")
-    return (text + (f", undefined in {lost} draws" if lost else "")).replace("-", "\u2212")
+    return text + (f", undefined in {lost} draws" if lost else "")
 
 
 def _settling(tables: Sequence[tuple[str, Table]], result: Result) -> Facts:

@@ -67,16 +67,21 @@ def finite(value: float | int) -> float | None:
     return float(value) if isfinite(value) else None
 
 
+def signed(text: str) -> str:
+    """A number as it is printed, with a minus for the hyphen; what is rounded to 0 has no sign: "-0.00" -> "0.00"."""
+    return text.lstrip("+-") if set(text) <= set("+-0.") else text.replace("-", "\u2212")
+
+
 def percent(value: float | int) -> str:
     """0.1234 -> "12.3 %" (the space does not break)."""
     part = 100 * value
     digits = 0 if part == 0 or abs(part) >= 99.95 else 1 if abs(part) >= 0.95 else 2
-    return f"{part:.{digits}f}\u00a0%".replace("-", "\u2212")
+    return f"{signed(f'{part:.{digits}f}')}\u00a0%"
 
 
 def points(value: float) -> str:
     """A difference of two percentages: -0.012 -> "−1.2 points"."""
-    return f"{100 * value:+.1f}\u00a0points".replace("-", "\u2212")
+    return f"{signed(f'{100 * value:+.1f}')}\u00a0points"
 
 
 def number(value: float | int) -> str:
@@ -84,7 +89,7 @@ def number(value: float | int) -> str:
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.2e}".replace("-", "\u2212")
     text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
-    return text.replace("-", "\u2212")
+    return signed(text)
 
 
 def with_error(value: Value) -> str:
@@ -99,7 +104,7 @@ def with_error(value: Value) -> str:
 
 def cosine(value: float) -> str:
     """Two digits and a sign: 0.0831 -> "+0.08"."""
-    return f"{value:+.2f}".replace("-", "\u2212")
+    return signed(f"{value:+.2f}")
 
 
 def whole(value: float) -> str:
