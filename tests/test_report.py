@@ -441,6 +441,15 @@ def test_settled_is_the_first_state_that_stays_good() -> None:
     assert "No early exit is as good" in titles.accuracy(late, (4,))
 
 
+def test_one_example_has_no_standard_error(tmp_path: Path) -> None:
+    curve = charts.Curve("a", {"state_norm": {(0, 0, 1): Value(3.0, 0.0, 1)}}, (("s", ("x",)),), 0)
+    chart = charts.along_depth("norm", "state_norm", [curve], label="", unit="", state=False, span=None)
+    assert chart["series"][0]["hover"][0].endswith("<br><b>3</b><br>a, 1 examples")
+    path = folder(tmp_path / "a")
+    pd.read_parquet(path / "profile.parquet").assign(stderr=np.nan, count=1).to_parquet(path / "profile.parquet")
+    assert "\u00b1 0" not in written(path).text
+
+
 def test_running_sum_adds_within_sections_only(tmp_path: Path) -> None:
     result = report.read(folder(tmp_path / "a", lengths=(2, 3)))
     curve = charts.running(charts.Curve("x", result.trained, result.sections, 0))

@@ -312,10 +312,13 @@ def _head(curve: Curve, where: Place, state: bool) -> str:
 
 def _hover(curve: Curve, value: Value, unit: str) -> str:
     show = percent if unit == "%" else number
-    return (
-        f"<br><b>{show(value.mean)}</b> \u00b1 {show(value.stderr)} standard error<br>"
-        f"{literal(curve.name, 34)}, {value.count} examples"
-    )
+    return f"<br>{amount(value, show)}<br>{literal(curve.name, 34)}, {value.count} examples"
+
+
+def amount(value: Value, show: Callable[[float], str]) -> str:
+    """A mean with its standard error, if it has one: one example has none, nor has a bound."""
+    error = f" \u00b1 {show(value.stderr)} standard error" if value.stderr else ""
+    return f"<b>{show(value.mean)}</b>{error}"
 
 
 def series_of(

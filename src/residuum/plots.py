@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from residuum.charts import Chart, literal, series_of, spread
+from residuum.charts import Chart, amount, literal, series_of, spread
 from residuum.readings import Value, number, percent
 
 
@@ -68,8 +68,7 @@ def plain(
     series = []
     for line in lines:
         hover = [
-            f"{say(at)}<br>{_amount(v, show)}<br>{literal(line.name, 40)}"
-            + (f", {v.count} examples" if v.count else "")
+            f"{say(at)}<br>{amount(v, show)}<br>{literal(line.name, 40)}" + (f", {v.count} examples" if v.count else "")
             for at, v in line.points.items()
         ]
         values = list(line.points.values())
@@ -104,7 +103,7 @@ def heat(
         "heat": [[cells[r, c].mean if (r, c) in cells else None for c in rows] for r in rows],
         "hover": [
             [
-                f"{y} {names[r]}<br>{x} {names[c]}<br>" + _amount(v, percent) if (v := cells.get((r, c))) else ""
+                f"{y} {names[r]}<br>{x} {names[c]}<br>" + amount(v, percent) if (v := cells.get((r, c))) else ""
                 for c in rows
             ]
             for r in rows
@@ -122,8 +121,3 @@ def _shades(values: Sequence[float]) -> list[float]:
     """The values of the darkest and of the lightest colour, ten points apart or more: small differences stay light."""
     most = max(*values, 0.1)
     return [min(*values, most - 0.1), most]
-
-
-def _amount(value: Value, show: Callable[[float], str]) -> str:
-    error = f" \u00b1 {show(value.stderr)} standard error" if value.stderr else ""
-    return f"<b>{show(value.mean)}</b>{error}"
