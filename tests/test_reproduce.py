@@ -235,7 +235,7 @@ def test_charts_are_the_lines_that_were_drawn() -> None:
     assert (first, one["x"]["log"], one["y"]["log"], one["y"]["title"]) == ("left", True, True, "d")
     assert (series["x"], series["y"]) == ([1, 2, 4], [3.0, 2.0, 1.0])
     assert (series["low"], series["high"]) == ([2.5, 2.0, 0.75], [3.5, 2.0, 1.25])
-    assert series["name"] == "&lt;b&gt;trained&lt;/b&gt;"
+    assert series["name"] == "<b>trained</b>"  # set as text
     assert series["drawn"] == {"color": "#d55e00", "fill": "rgba(213,94,0,.2)", "dash": "dash", "symbol": "square"}
     assert [(s["mode"], s["name"]) for s in two["series"]] == [("lines", ""), ("markers", "point")]
     assert two["y"]["range"] == [0.0, 2.0]
