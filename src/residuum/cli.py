@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"residuum: {str(error).splitlines()[0]}; try a smaller --batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"residuum: stopped; {stop or 'no result was written'}", file=sys.stderr)
+        print(f"residuum: stopped; {str(stop) or 'no result was written'}", file=sys.stderr)
         return 130
     return 0
 
