@@ -261,6 +261,15 @@ def test_an_existing_folder_is_kept(refused: Refused, trained: Path, tmp_path: P
     assert "is a file" in refused("train", "--out", tmp_path / "thesis.tex", "--force")
 
 
+def test_the_folder_that_one_is_in_is_not_exchanged_below_one(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "demo", "stability"):
+        assert f"{tmp_path} is the folder that the command is called in" in refused(command, "--out", ".")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_network_is_not_replaced_by_what_is_measured_of_it(refused: Refused, trained: Path, tmp_path: Path) -> None:
     before = contents(trained)
     probe = ("probe", trained, "--data", "digits", "--limit", "8", "--force", "--out")

@@ -162,6 +162,8 @@ def new_folder(
     path = Path(path).resolve()
     if any(given and Path(given).resolve() == path for given in reads):
         raise FileExistsError(f"{path} is what the command reads; choose another output folder")
+    if path == Path.cwd():
+        raise FileExistsError(f"{path} is the folder that the command is called in; choose another output folder")
     _check_free(path, writes, replace)
     for parent in path.parents:
         if parent.is_file():
