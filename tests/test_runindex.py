@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,24 @@ def test_damage_that_keeps_size_and_time_is_found_by_a_rebuild(out: Path) -> Non
     assert row_of(table(out), BASE.key)["state"] == "complete"
     row = row_of(table(out, rebuild=True), BASE.key)
     assert (row["state"], row["error"]) == ("damaged", "weights.safetensors is not what was written")
+
+
+def test_a_file_that_goes_while_one_looks_is_passed_over(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep writes its checkpoints under temporary names."""
+    folder = out / "runs" / HALF.key
+    before, real = table(out), os.scandir
+
+    @contextmanager
+    def listed_too_late(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        if path == folder:
+            (folder / ".partial-x").touch()
+        with real(path) as entries:
+            found = list(entries)
+        (folder / ".partial-x").unlink(missing_ok=True)
+        yield found
+
+    monkeypatch.setattr(os, "scandir", listed_too_late)
+    pd.testing.assert_frame_equal(table(out), before)
 
 
 def test_runs_that_nobody_may_write_are_still_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

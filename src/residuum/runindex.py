@@ -142,9 +142,14 @@ def text_of(value: Any) -> str:
 
 def _look(folder: Path) -> str:
     """What a folder looks like from outside; the log may grow."""
+    files: dict[str, os.stat_result] = {}
     with os.scandir(folder) as entries:
-        files = sorted((e.name, e.stat()) for e in entries if e.name != runfolders.LOG)
-    return f"{_VERSION} " + " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in files)
+        for entry in entries:
+            if entry.name != runfolders.LOG:
+                with suppress(FileNotFoundError):  # a temporary name: somebody works on the run
+                    files[entry.name] = entry.stat()
+    looks = (f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in sorted(files.items()))
+    return " ".join((str(_VERSION), *looks))
 
 
 def _read(path: Path) -> "pandas.DataFrame | None":
