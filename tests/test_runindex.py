@@ -214,6 +214,7 @@ def test_conditions(condition: str, runs: set[Run], study: Path) -> None:
         (["--where", "stem>none"], "none is neither small nor large"),
         (["--compare", "zz", "a"], "0 of 5 runs have a key that begins with 'zz'"),
         (["--compare", "", "a"], "5 of 5 runs have a key that begins with ''"),
+        (["--csv", "x", "--parquet", "./x"], "--csv and --parquet are both x; give two files"),
         (["--csv", "OLD"], "exists; choose another file, or replace it with --force"),
     ],
 )

@@ -29,6 +29,8 @@ def runs(flags: options.Runs, command: str) -> None:
     """
     screen = Console(highlight=False, markup=False)
     files = [path for path in (flags.csv, flags.parquet) if path is not None]
+    if len({path.resolve() for path in files}) < len(files):
+        raise ValueError(f"--csv and --parquet are both {flags.csv}; give two files")
     for path in files:
         if path.exists() and not flags.force:
             raise FileExistsError(f"{path} exists; choose another file, or replace it with --force")
