@@ -144,6 +144,18 @@ def test_other_files_are_refused(refused: Refused, tmp_path: Path) -> None:
 # Numbers ---------------------------------------------------------------------------------------------------------
 
 
+def test_only_a_folder_is_folded_or_was_trained_on_shuffled_labels(
+    refused: Refused, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "net.py", tmp_path / "out"
+    file.write_text("from residuum import ResNet\ndef net(): return ResNet()\n")
+    monkeypatch.chdir(tmp_path)
+    for model in ("torchvision:resnet18", "net.py:net", "net.py", "none"):
+        said = f"{model} is no folder; give one that residuum train wrote"
+        assert said in refused("fold", model, "--data", "digits", "--out", out)
+        assert said in refused("probe", trained, "--shuffled", model, "--data", "digits", "--out", out)
+
+
 def test_zero_of_anything(refused: Refused, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     probe = ("probe", trained, "--data", "digits", "--out", out)

@@ -145,7 +145,7 @@ def probe(flags: options.Probe, command: str) -> None:
     inputs = (flags.model, flags.shuffled)
     with new_folder(flags.out, writes=RESULT, replace=flags.force, reads=inputs) as folder:
         loaded = _loaded(flags, None if text else len(measured.classes))
-        shuffled = load_model(str(flags.shuffled)) if flags.shuffled else None
+        shuffled = _of_folder(flags.shuffled) if flags.shuffled else None
         splits = data._replace(test=measured)
         findings = probe_network(loaded, splits, settings, shuffled=shuffled, bar=bar)
         title = f"{loaded.name} on {measured.name}"
@@ -185,9 +185,7 @@ def fold(flags: options.Fold, command: str) -> None:
         command: The command as it was typed, for the provenance.
     """
     start, common = perf_counter(), flags.common
-    loaded = load_model(str(flags.model))
-    if not isinstance(loaded.model, ResNet):
-        raise ValueError(f"{flags.model} is no network of ours; in Python, tied() and fold() take any list of blocks")
+    loaded = _of_folder(flags.model)
     data = _images_of(loaded, flags)
     preparation = prepare_for(loaded, data.train, ProbeConfig())
     model = loaded.model.to(device=find_device(common.device), dtype=_dtype(common))
@@ -376,6 +374,13 @@ def _loaded(flags: options.Probe, classes: int | None) -> LoadedModel:
     for message in {str(warning.message) for warning in caught}:
         notices.print(f"note: {message}")
     return loaded
+
+
+def _of_folder(path: Path) -> LoadedModel:
+    """The network in a folder that `train` wrote."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; give one that residuum train wrote")
+    return load_model(str(path))
 
 
 def _write(
