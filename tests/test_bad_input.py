@@ -165,6 +165,7 @@ def test_zero_of_anything(refused: Refused, trained: Path, tmp_path: Path) -> No
     assert "every section needs at least 1 block" in refused("train", "--out", out, "--blocks", "2", "0", "2")
     assert "one number per section" in refused("train", "--out", out, "--blocks", "2", "2")
     assert "epochs (0)" in refused("train", "--out", out, "--epochs", "0")
+    assert "--watch is -1; it must be 0" in refused("train", "--out", out, "--watch", "-1")
     assert "no result folder given" in refused("report", "--out", tmp_path / "page.html")
     assert not out.exists()
 

@@ -68,6 +68,8 @@ def train(flags: options.Train, command: str) -> None:
         command: The command as it was typed, for the provenance.
     """
     start, common = perf_counter(), flags.common
+    if flags.watch < 0:
+        raise ValueError(f"--watch is {flags.watch}; it must be 0 (nothing is watched) or more images")
     device, data = find_device(common.device), _images(flags.data, flags.data_root, common)
     if flags.shuffle_labels:
         data = data._replace(train=data.train.shuffled(seed=common.seed))
