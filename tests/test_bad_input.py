@@ -355,6 +355,12 @@ def test_force_keeps_the_old_folder_until_the_new_one_is_complete(
     assert contents(tmp_path) != before
 
 
+def test_a_folder_in_the_place_of_a_checkpoint_is_named(refused: Refused, tmp_path: Path) -> None:
+    _made(tmp_path / "run.checkpoint")
+    message = refused("train", "--out", tmp_path / "run", "--limit", "20")
+    assert f"{tmp_path / 'run.checkpoint'} is a folder, no file of residuum; delete it to start anew" in message
+
+
 def test_a_report_of_what_is_no_result(refused: Refused, trained: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert "is not a folder" in refused("report", tmp_path / "none", "--out", page)

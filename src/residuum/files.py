@@ -87,8 +87,10 @@ def read_tensors(path: Path | str, *, format: str) -> tuple[dict[str, Tensor], A
     """Tensors and JSON content of a safetensors file of ours, whose header says "format" and "content".
 
     Raises:
-        ValueError: If the file is no safetensors file, is cut short or damaged, or has another format.
+        ValueError: If it is a folder or no safetensors file, is cut short or damaged, or has another format.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, no file of residuum")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
