@@ -130,6 +130,8 @@ def test_dropping_each_block_costs_n_times_n_plus_1_over_2(blocks: int) -> None:
         (lambda s: s.run(s.full, ((1.0,), (1.0,))), r"one factor per applied block.*\(3, 2\).*\(1, 1\)"),
         (lambda s: s.finish(s.input, (2, 0)), "no block 0 in section 2"),
         (lambda s: s.finish(s.input, (0, 3)), "no block 3 in section 0"),
+        (lambda s: s.exit(s.input, 2), r"no section 2; there are sections 0\.\.1"),
+        (lambda s: s.exit(s.input, -1), "no section -1"),
         (lambda s: list(run_all(s, [((9,), ())])), "names block 9"),
     ],
 )

@@ -200,7 +200,12 @@ class Stream:
         Args:
             h: A state of the section.
             section: Number of that section.
+
+        Raises:
+            ValueError: If there is no such section.
         """
+        if not 0 <= section < len(self.sections):
+            raise ValueError(f"exit: no section {section}; there are sections 0..{len(self.sections) - 1}")
         for later in self.sections[section + 1 :]:
             h = later.entry(h)
         return self.readout(h)
