@@ -382,6 +382,8 @@ def test_what_cannot_be_coupled_is_refused() -> None:
         Coupling(couple="weight")
     with pytest.raises(ValueError, match="needs at least 2 blocks; there are 1"):
         couple_gradients_(layers(1), 0.5)
+    with pytest.raises(ValueError, match="needs at least 2 blocks; there are 0"):
+        tied([])
     unequal = [nn.Linear(3, 3), nn.Linear(3, 4)]
     with pytest.raises(ValueError, match=r"blocks 0 and 1 cannot be coupled: 'weight' has shape \(3, 3\).*\(4, 3\)"):
         couple_gradients_(unequal, 0.5)

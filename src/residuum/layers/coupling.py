@@ -196,9 +196,10 @@ def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
     Raises:
         ValueError: As `achieved_sharing`.
     """
+    rows = alike(blocks, couple, tied=True)
     first = copy.deepcopy(blocks[0])
     with torch.no_grad():
-        for p, row in zip(_parameters(first, couple).values(), alike(blocks, couple, tied=True), strict=True):
+        for p, row in zip(_parameters(first, couple).values(), rows, strict=True):
             p.copy_(_mean(row))
     if couple == "all":
         others = copy.deepcopy(list(blocks))
