@@ -265,8 +265,8 @@ def profile(
         The values of every example.
 
     Raises:
-        ValueError: If there are no batches, a batch is empty or its target has another length, no probes are given,
-            two of them give the same quantity, or all have failed; and whatever `cut` refuses.
+        ValueError: If there are no batches, a batch is no pair, is empty or its target has another length, no probes
+            are given, two of them give the same quantity, or all have failed; and whatever `cut` refuses.
     """
     if not probes:
         raise ValueError("profile: no probes given, so there is nothing to measure")
@@ -329,7 +329,11 @@ def _remarks(measures: Mapping[str, Measure]) -> dict[str, str]:
 
 def _checked(batches: Iterable[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor | None, int]]:
     """The batches with their numbers of examples, empty and unequal ones refused."""
-    for number, (x, target) in enumerate(batches):
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            what = f"is a {type(batch).__name__}, no pair"
+            raise ValueError(f"profile: batch {number} {what}; give (input, target), or (input, None) without labels")
+        x, target = batch
         first = counting(x)
         if first is None:
             raise ValueError(f"profile: batch {number} has no tensor in its input, which is a {type(x).__name__}")
