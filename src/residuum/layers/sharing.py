@@ -278,7 +278,7 @@ def fold(model: nn.Module) -> nn.Module:
     whoever runs the list need not know. Taking blocks of the list by their number gives others than before.
 
     Args:
-        model: A network, or a list of blocks; it is not changed.
+        model: A network, or an nn.ModuleList of blocks; it is not changed.
 
     Raises:
         ValueError: If no two neighbours share their weights.
