@@ -130,6 +130,12 @@ def test_a_file_cut_short_anywhere_is_refused(refused: Refused, tmp_path: Path) 
     assert "is damaged" in refused("train", "--out", tmp_path / "o", "--data", path)
 
 
+def test_data_are_not_fetched_into_a_file(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused("data", "fetch", "mnist", "--data-root", tmp_path / "file")
+    assert f"{tmp_path / 'file'} is a file, so mnist cannot be put there; choose another data root" in message
+
+
 def test_other_files_are_refused(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     with path.open("wb") as file:

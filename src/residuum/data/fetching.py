@@ -77,6 +77,8 @@ def fetch(source: Source, root: Path | None = None, *, timeout: float = 30.0) ->
     if found and all(_whole(found / file.name, file) for file in source.files):
         return found
     folder = root / source.folders[0]  # never another one: files of the same names may be of another data set
+    if there := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise NotADirectoryError(f"{there} is a file, so {source.name} cannot be put there; choose another data root")
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.files:
         if not _whole(folder / file.name, file):
