@@ -167,6 +167,8 @@ def test_zero_of_anything(refused: Refused, trained: Path, tmp_path: Path) -> No
     probe = ("probe", trained, "--data", "digits", "--out", out)
     assert "limit is 0; at least 1 example" in refused(*probe, "--limit", "0")
     assert "batch is 0" in refused(*probe, "--batch", "0")
+    assert f"seed is {10**20}; it must lie between" in refused(*probe, "--seed", 10**20)
+    assert f"seed is {10**20}; it must lie between" in refused("train", "--out", out, "--seed", 10**20)
     assert "size is (0, 0)" in refused(*probe, "--size", "0")
     assert "every section needs at least 1 block" in refused("train", "--out", out, "--blocks", "2", "0", "2")
     assert "one number per section" in refused("train", "--out", out, "--blocks", "2", "2")

@@ -125,8 +125,7 @@ def probe(flags: options.Probe, command: str) -> None:
     start, common = perf_counter(), flags.common
     choose(flags.probes)
     device = find_device(common.device)
-    if common.batch < 1:
-        raise ValueError(f"batch is {common.batch}; it must be at least 1")
+    _check(common)
     text = flags.data.endswith(".txt")
     if text:
         data = load_text(Path(flags.data), window=flags.window, tokenizer=_tokenizer(flags))
@@ -264,10 +263,17 @@ def _dtype(common: options.Common) -> torch.dtype:
     return getattr(torch, common.dtype)
 
 
-def _images(name: str, root: Path | None, common: options.Common) -> Splits:
-    """Both splits, each limited."""
+def _check(common: options.Common) -> None:
+    """Refuse numbers that no command can work with."""
     if common.batch < 1:
         raise ValueError(f"batch is {common.batch}; it must be at least 1")
+    if abs(common.seed) >= 2**62:
+        raise ValueError(f"seed is {common.seed}; it must lie between -2^62 and 2^62")
+
+
+def _images(name: str, root: Path | None, common: options.Common) -> Splits:
+    """Both splits, each limited."""
+    _check(common)
     return Splits(*(part.take(common.limit, seed=common.seed) for part in load_splits(name, root)))
 
 
