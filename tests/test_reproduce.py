@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from residuum import drawing, pages, reproduce
+from residuum import drawing, pages, reproduce, reproducescreen
 from residuum.claims import Claim, Figure, Obtained, Results
 from residuum.cli import main
 from residuum.experiments import p3_extended
 from residuum.pages import counts, markdown, page, shown
 from residuum.reproduce import Choice, check_data, choose, gather, listing, report, stand_ins, summary
 from residuum.runs import Run
+from residuum.sweeps import Outcome
 from whole import reproduced
 from worlds import as_the_paper, make
 
@@ -66,6 +68,24 @@ def test_data_that_are_not_there_are_refused_before_anything_starts(tmp_path: Pa
         check_data(jobs, tmp_path)
     check_data(choose("tiny", []).jobs, tmp_path)  # the digits come with scikit-learn
     check_data(jobs, None)  # fetched when the first run needs them
+
+
+@pytest.mark.parametrize(("complete", "missing"), [("mnist", "cifar10"), ("cifar10", "mnist")])
+def test_data_of_runs_that_are_complete_need_not_be_there(
+    complete: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figure reads MNIST and CIFAR-10."""
+
+    def carried_out(*arguments: object) -> Outcome:
+        raise ValueError("begins")
+
+    def gather(jobs: Mapping[str, Run], out: Path) -> dict[str, Run]:
+        return {key: job for key, job in jobs.items() if isinstance(job, Run) and job.data.name == complete}
+
+    monkeypatch.setattr(reproducescreen, "gather", gather)
+    monkeypatch.setattr(reproducescreen, "carried_out", carried_out)
+    assert main(["reproduce", "p2-3", "--out", str(tmp_path / "out"), "--data-root", str(tmp_path)]) == 2
+    assert f"does not hold {missing} " in capsys.readouterr().err
 
 
 def test_the_list_counts_each_run_once_and_predicts_what_is_left(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
         if not flags.check and any(job.key not in results for job in choice.jobs):
             screen.print(listing(choice, results))
             asked = [jobs[job.key] for job in choice.jobs if job.key not in kept]
-            check_data(asked, flags.carried.data_root)
+            left = [jobs[job.key] for job in choice.jobs if job.key not in results]
+            check_data(left, flags.carried.data_root)
             outcome = carried_out(asked, flags.out, flags.carried, command)
             problem = unfinished(outcome, next(iter(outcome.reasons.values()), ""))
             results = gather(jobs, flags.out) | kept
