@@ -341,6 +341,7 @@ def test_figures_are_files_that_can_be_made_again(tmp_path: Path) -> None:
         (["p3-nothing"], "unknown figure, claim or paper"),
         (["--list", "--check"], "choose one"),
         (["--files", "cifar10"], "--files takes NAME=FILE.npz"),
+        (["--files", "cifar10=a.npz", "cifar10=b.npz"], "--files names a data set twice (cifar10=a.npz cifar10=b.npz)"),
         (["--files", "cifar10=none.npz", "--check"], "no such file"),
         (["--scale", "small", "--data-root", "."], "does not hold"),
     ],

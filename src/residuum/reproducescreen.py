@@ -92,4 +92,7 @@ def _files(given: Sequence[str]) -> dict[str, Path]:
     wrong = [text for text in given if not text.partition("=")[2].endswith(".npz")]
     if wrong:
         raise ValueError(f"--files takes NAME=FILE.npz, such as cifar10=data/cifar10.npz; given {wrong[0]!r}")
-    return {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given}
+    files = {text.partition("=")[0]: Path(text.partition("=")[2]) for text in given}
+    if len(files) < len(given):
+        raise ValueError(f"--files names a data set twice ({' '.join(given)}); give one file for each")
+    return files
