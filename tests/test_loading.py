@@ -73,6 +73,14 @@ def test_a_saved_run_comes_back(run_folder: tuple[Path, ResNet]) -> None:
     assert not loaded.fresh
 
 
+def test_a_run_in_float64_comes_back_unrounded(tmp_path: Path) -> None:
+    model = ResNet(ResNetConfig(blocks=(1,), widths=(4,), channels=1)).double()
+    with torch.no_grad():
+        model.stem.weight += 1e-9
+    save_run(tmp_path, model, preparation=Preparation(16, (0.3,), (0.4,)), classes=tuple("0123456789"), training={})
+    assert same(load_model(str(tmp_path)).model, model)
+
+
 def test_a_run_with_random_weights_is_fresh(run_folder: tuple[Path, ResNet]) -> None:
     folder, model = run_folder
     loaded = load_model(str(folder), weights="random", seed=5)

@@ -122,6 +122,8 @@ def save_run(
 def load_weights_(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into a network; every tensor must be there, fit and be finite.
 
+    Nothing is rounded: where the file has float64, the network becomes float64.
+
     Raises:
         ValueError: If the file is damaged or does not fit; the message names the first differences.
     """
@@ -129,7 +131,10 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        restore_(model, load_file(path))
+        tensors = load_file(path)
+        if any(value.dtype == torch.float64 for value in tensors.values()):
+            model.double()
+        restore_(model, tensors)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, cut short or not a safetensors file: {error}") from error
     except RuntimeError as error:
