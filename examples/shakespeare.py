@@ -112,7 +112,7 @@ def main() -> None:
     saved, probed, checkpoint = flags.out / "decoder", flags.out / "probe", flags.out / "decoder.checkpoint"
     if not saved.exists():
         flags.out.mkdir(parents=True, exist_ok=True)
-        tokenizer = characters_of(flags.text.read_text(encoding="utf-8"))
+        tokenizer = characters_of(flags.text.read_bytes().decode("utf-8"))  # with its line ends as they are
         data = load_text(flags.text, window=WINDOW, tokenizer=tokenizer)
         torch.manual_seed(0)
         model = decoder(tokens=len(tokenizer), width=flags.width)

@@ -31,7 +31,7 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shakespeare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, settings = tmp_path / "input.txt", ("--steps", 2, "--width", 16, "--measured", 1)
-    text.write_text("To be, or not to be: that is the question.\n" * 200)
+    text.write_bytes(b"To be, or not to be: that is the question.\r\n" * 200)
     run(monkeypatch, "shakespeare.py", text, tmp_path / "out", *settings)
     history = json.loads((tmp_path / "out" / "decoder" / "history.json").read_text())
     assert [row["step"] for row in history] == [2]

@@ -1,5 +1,6 @@
 """Text: windows of a file and back, targets shifted by one, padding masked, bytes or a tokenizer."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_a_tokenizer_gives_its_own_tokens(tmp_path: Path) -> None:
     assert tokens_of(train)[:5] == [1, 2, 3, 0, 1]
     assert len(tokens_of(train)) + len(tokens_of(test)) == 120
     assert train.classes == 4
+
+
+def test_characters_that_a_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "shakespeare.py"))
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"to be or not\r\n" * 30)
+    with pytest.raises(ValueError, match=r"x\.txt: the model's tokenizer \(\w+\) cannot read the text: .*UNK"):
+        load_text(path, window=5, tokenizer=example["characters_of"]("to be or not"))
 
 
 def test_draws_are_windows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from residuum.answers import IGNORED
 from residuum.data.subsets import random_subset
-from residuum.names import missing
+from residuum.names import missing, one_line
 
 BYTES = 256  # tokens without a tokenizer
 
@@ -75,7 +75,7 @@ def load_text(path: Path, *, window: int = 128, tokenizer: Any = None) -> TextSp
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is empty, a split has fewer tokens than one window and the token that comes next, or the
-            text is not UTF-8, or makes no tokens, and a tokenizer is given.
+            text is not UTF-8, makes no tokens or has some that the tokenizer does not know, and one is given.
     """
     path = Path(path)
     if window < 1:
@@ -91,7 +91,7 @@ def load_text(path: Path, *, window: int = 128, tokenizer: Any = None) -> TextSp
     checksum = sha256(content).hexdigest()
     sets = []
     for split, part in zip(TextSplits._fields, (text[:cut], text[cut:]), strict=True):
-        tokens = part if tokenizer is None else tokenizer.encode(part, add_special_tokens=False, verbose=False)
+        tokens = part if tokenizer is None else _encoded(path, part, tokenizer)
         if part and not tokens:
             raise ValueError(
                 f"{path}: the model's tokenizer ({type(tokenizer).__name__}) makes no token of the {split} split; "
@@ -136,6 +136,16 @@ def _decoded(path: Path, content: bytes) -> str:
         raise ValueError(
             f"{path} is not UTF-8 (byte {content[error.start]:#04x} at {error.start}), which the tokenizer reads; "
             "convert it, e.g. with iconv"
+        ) from error
+
+
+def _encoded(path: Path, text: str, tokenizer: Any) -> Sequence[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    except Exception as error:  # tokenizers has no class of its own for what it raises
+        raise ValueError(
+            f"{path}: the model's tokenizer ({type(tokenizer).__name__}) cannot read the text: {one_line(error)}; "
+            "give one in the characters and words that the model knows"
         ) from error
 
 
