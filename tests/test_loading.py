@@ -138,6 +138,17 @@ def test_a_hugging_face_folder_with_its_constants(tmp_path: Path) -> None:
     assert not loaded.model.training
 
 
+def test_weights_that_the_files_of_a_model_lack_are_named(tmp_path: Path) -> None:
+    from transformers import ViTForImageClassification
+
+    folder = hf_folder(tmp_path, processor=None)
+    assert load_model(f"hf:{folder}").weights == "pretrained, Hugging Face"
+    ViTForImageClassification.from_pretrained(folder).vit.save_pretrained(folder)
+    assert load_model(f"hf:{folder}").weights == (
+        "pretrained, Hugging Face, except classifier.bias and 1 others, which its files lack: drawn at random"
+    )
+
+
 def test_a_hugging_face_folder_without_constants_with_random_weights(tmp_path: Path) -> None:
     loaded = load_model(f"hf:{hf_folder(tmp_path, processor=None)}", weights="random", classes=5)
     assert loaded.reads == Reads((16, 16), None, None)

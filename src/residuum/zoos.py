@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,8 +124,11 @@ def _huggingface(name: str, pretrained: bool, classes: int | None) -> Found:
     if make is None:
         raise ValueError(f"hf:{name} is a {type(config).__name__}, for which transformers has no model to measure")
     images = make is transformers.AutoModelForImageClassification
+    weights = ""
     if pretrained:
-        model = make.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, about = make.from_pretrained(name, **options)
+        weights = f"pretrained, Hugging Face{_random_parts(about['missing_keys'])}"
     else:
         if images and classes:
             config.num_labels = classes
@@ -134,7 +137,16 @@ def _huggingface(name: str, pretrained: bool, classes: int | None) -> Found:
     # A bare type has no image processor, and asking the hub for one takes its time.
     asked = name if pretrained or name not in CONFIG_MAPPING_NAMES else ""
     reads = _huggingface_reads(asked, config) if images else Reads()
-    return Found(model, reads, "pretrained, Hugging Face", labels)
+    return Found(model, reads, weights, labels)
+
+
+def _random_parts(names: Collection[str]) -> str:
+    """Which weights are not in the files of a model, such as a head that it was not trained with; "" if none."""
+    if not names:
+        return ""
+    first, *others = sorted(names)
+    more = f" and {len(others)} others" if others else ""
+    return f", except {first}{more}, which its files lack: drawn at random"
 
 
 def _huggingface_config(name: str, types: dict[str, str]) -> Any:
