@@ -138,6 +138,23 @@ def test_a_hugging_face_folder_with_its_constants(tmp_path: Path) -> None:
     assert not loaded.model.training
 
 
+@pytest.mark.parametrize(
+    ("says", "reads"),
+    [
+        ({"size": {"height": 16, "width": 24}}, Reads((16, 24), (0.5,) * 3, (0.1,) * 3)),
+        (
+            {"size": {"shortest_edge": 32}, "crop_size": {"height": 16, "width": 24}},
+            Reads((16, 24), (0.5,) * 3, (0.1,) * 3),
+        ),
+        ({"size": 16, "crop_size": 24, "do_center_crop": False}, Reads((16, 16), (0.5,) * 3, (0.1,) * 3)),
+        ({"size": 16, "do_normalize": False}, Reads((16, 16), (0.0,) * 3, (1.0,) * 3)),
+    ],
+)
+def test_what_an_image_processor_does_is_what_counts(says: dict[str, Any], reads: Reads, tmp_path: Path) -> None:
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.1] * 3} | says
+    assert load_model(f"hf:{hf_folder(tmp_path, processor=processor)}").reads == reads
+
+
 def test_weights_that_the_files_of_a_model_lack_are_named(tmp_path: Path) -> None:
     from transformers import ViTForImageClassification
 

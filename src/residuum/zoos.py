@@ -180,11 +180,16 @@ def _huggingface_reads(name: str, config: Any) -> Reads:
         constants, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError):  # a type in its default size, or a folder without one
         return Reads(size)
-    given = constants.get("crop_size") or constants.get("size") or {}
-    edge = given if isinstance(given, int) else given.get("height") or given.get("shortest_edge")
+    crop = constants.get("crop_size") if constants.get("do_center_crop", True) else None
+    given = crop or constants.get("size") or {}
+    if isinstance(given, dict):
+        given = (given["height"], given["width"]) if "height" in given else given.get("shortest_edge")
     mean, std = constants.get("image_mean"), constants.get("image_std")
+    if not constants.get("do_normalize", True):
+        channels = getattr(config, "num_channels", 3)
+        mean, std = (0.0,) * channels, (1.0,) * channels
     known = (tuple(mean), tuple(std)) if mean and std else (None, None)
-    return Reads(_pair(edge) if edge else size, *known)
+    return Reads(_pair(given) if given else size, *known)
 
 
 def _pair(size: Any) -> tuple[int, int]:
