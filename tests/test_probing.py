@@ -1,9 +1,13 @@
 """What probing says beside its numbers: why there is no null model, what it keeps, and what rounding does."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from residuum.data import Splits, load_splits
+from residuum.data import Splits, load_splits, load_text
 from residuum.loading import LoadedModel, Reads
 from residuum.probing import Findings, ProbeConfig, probe
 
@@ -87,6 +91,20 @@ def test_values_that_the_null_model_keeps_are_named() -> None:
     )
     *_, note = probed(Net(nn.Identity), "state_norm").notes
     assert note.endswith("from what the network's authors start from")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_only_networks_that_do_not_see_the_next_token_are_asked_for_it(family: str, tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
+    config = AutoConfig.for_model(family, **size, bos_token_id=0, eos_token_id=1)
+    kind = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    (tmp_path / "x.txt").write_bytes(b"to be or not to be " * 20)
+    data, settings = load_text(tmp_path / "x.txt", window=8), ProbeConfig(probes=("readouts",), initial=False)
+    found = probe(LoadedModel(kind.from_config(config).eval(), family, "", Reads()), data, settings)
+    assert ("loss" in found.profile.measures) == (family == "gpt2")
+    assert any("no guesses of the next one: measures with labels are skipped" in note for note in found.notes) == (
+        family == "bert"
+    )
 
 
 def test_gradients_that_float16_has_no_numbers_for_are_counted() -> None:

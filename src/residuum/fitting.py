@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from residuum.calls import call_model
+from residuum.calls import call_model, output_of
 from residuum.cutting import cut
-from residuum.data import ImageSet, TextSet
+from residuum.data import ImageSet, TextSet, text_batches
 from residuum.loading import LoadedModel
 from residuum.names import one_line
 from residuum.probes import misfit
@@ -94,6 +95,23 @@ def run_once(
         return stream, stream.run(keep=False).output
 
 
+def _looks_ahead(model: nn.Module, data: TextSet) -> bool:
+    """Whether what a network says at the first token changes with later ones, as that of a masked language model."""
+    device = str(next(model.parameters()).device)
+    few = data.take(2, seed=0)
+    others = few.inputs.clone()
+    others[:, 1:] = (others[:, 1:] + 1) % data.classes
+    with torch.no_grad():
+        said, changed = (
+            output_of(call_model(model, x))[:, 0]
+            for inputs in (few.inputs, others)
+            for x, _ in text_batches(replace(few, inputs=inputs), batch=2, device=device)
+        )
+    size = float(said.abs().nan_to_num(0, 0, 0).max())
+    rounding = max(1e-5, 2 * torch.finfo(said.dtype).eps)  # experts of other tokens can be other kernels
+    return not torch.allclose(said, changed, rtol=0, atol=rounding * size, equal_nan=True)
+
+
 def _shape(x: Any) -> str:
     return f"shape {list((x['input_ids'] if isinstance(x, dict) else x).shape[1:])}"
 
@@ -117,6 +135,10 @@ def labels_of(loaded: LoadedModel, data: ImageSet | TextSet, output: Tensor) -> 
     skipped = "measures with labels are skipped"
     if isinstance(data, TextSet):
         reason = misfit(output, data.targets[: len(output)])
+        if not reason and _looks_ahead(loaded.model, data):
+            reason = (
+                f"{loaded.name} reads the tokens that come after each, so its outputs are no guesses of the next one"
+            )
         return not reason, f"{reason}: {skipped}" if reason else ""
     if output.ndim != 2 or output.shape[1] != len(data.classes):
         return (
