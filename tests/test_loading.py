@@ -225,6 +225,7 @@ def test_a_function_is_seeded_and_its_file_is_a_module(tmp_path: Path) -> None:
         ("", "no model given; a model is one of RUN_FOLDER"),
         ("torchvision:resnet81", "did you mean 'resnet18'"),
         ("timm:resnet_18", "did you mean 'resnet18'"),
+        ("timm:resnet18.a1_in1", "unknown timm model 'resnet18.a1_in1'; did you mean 'resnet18.a1_in1k'"),
         ("torchvison:resnet18", "did you mean 'torchvision'"),
         ("hf:", "lacks a name after the colon"),
         ("resnet18", "did you mean torchvision:resnet18 or timm:resnet18"),

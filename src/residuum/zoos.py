@@ -98,9 +98,12 @@ def _timm(name: str, pretrained: bool, classes: int | None) -> Found:
     """A network of timm."""
     import timm
 
-    names = timm.list_models()
-    if name.partition(".")[0] not in names:
+    names, bare = timm.list_models(), name.partition(".")[0]
+    if bare not in names:
         raise unknown("timm model", name, names)
+    tagged = timm.list_models(bare, include_tags=True)
+    if name not in (bare, *tagged):
+        raise unknown("timm model", name, tagged)
     model = timm.create_model(name, pretrained=pretrained, **_outputs(classes))
     constants = model.pretrained_cfg
     reads = Reads(tuple(constants["input_size"][1:]), tuple(constants["mean"]), tuple(constants["std"]))
