@@ -183,6 +183,15 @@ def test_a_hugging_face_type_needs_no_network(monkeypatch: pytest.MonkeyPatch) -
     assert loaded.reads == Reads()
 
 
+def test_a_hugging_face_type_with_several_classes_gives_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    small = transformers.DeiTConfig(**size, image_size=16, patch_size=8)
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {"deit": lambda: small})
+    assert type(load_model("hf:deit", weights="random", classes=3).model).__name__ == "DeiTForImageClassification"
+
+
 def test_a_function_in_a_file_beside_another(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(CODE)

@@ -135,6 +135,7 @@ def _huggingface(name: str, pretrained: bool, classes: int | None) -> Found:
     else:
         if images and classes:
             config.num_labels = classes
+        config.architectures = config.architectures or []  # of a type with several classes transformers reads them
         model = make.from_config(config, trust_remote_code=False)
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels)) if pretrained and images else None
     # A bare type has no image processor, and asking the hub for one takes its time.
