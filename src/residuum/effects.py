@@ -117,8 +117,10 @@ def slope(depths: Sequence[float | int], values: Sequence[float | int]) -> Effec
         values: Positive. The interval takes the points to scatter about a line.
 
     Raises:
-        ValueError: If a number is not positive, or all depths are one.
+        ValueError: If a number is not positive, all depths are one, or there are more of one than of the other.
     """
+    if len(depths) != len(values):
+        raise ValueError(f"slope: every depth has one value; given {len(depths)} depths and {len(values)} values")
     x, y = np.asarray(depths, dtype=float), np.asarray(values, dtype=float)
     if not (np.all(x > 0) and np.all(y > 0)):
         raise ValueError(f"slope: logarithms need positive numbers, given {list(values)} at {list(depths)}")
