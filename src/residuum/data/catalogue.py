@@ -3,9 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from residuum.data import fetching
 from residuum.data.archives import ARCHIVES, Source, source_named
+
+
+class Facts(NamedTuple):
+    """What is known of a data set before it is read.
+
+    Attributes:
+        counts: Images of the training and the test split.
+        shape: Channels, rows, columns.
+        classes: Number of classes.
+    """
+
+    counts: tuple[int, int]
+    shape: tuple[int, int, int]
+    classes: int
+
+
+FACTS = {"digits": Facts((1297, 500), (1, 8, 8), 10)}
+FACTS |= {source.name: Facts(source.counts, source.shape, source.classes) for source in ARCHIVES}
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,8 @@ def entries(root: Path | None = None, *, sources: Sequence[Source] = ARCHIVES) -
         root: Data root; None is the cache.
         sources: The archives.
     """
-    digits = Entry("digits", (8, 8, 1), 1297, 500, 10, 0, "comes with scikit-learn")
+    (train, test), (channels, rows, columns), classes = FACTS["digits"]
+    digits = Entry("digits", (rows, columns, channels), train, test, classes, 0, "comes with scikit-learn")
     return [digits, *(_entry(source, root or fetching.cache()) for source in sources)]
 
 

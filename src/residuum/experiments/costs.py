@@ -2,6 +2,7 @@
 
 import math
 
+from residuum.data.catalogue import FACTS
 from residuum.jobs import Job
 from residuum.probing import CHANGES
 from residuum.runs import Run
@@ -12,8 +13,6 @@ from residuum.runs import Run
 A, B = 1.5e-4, 1.15e-6
 FORWARD = 1 / 3  # part of a training step that a forward alone takes
 STEP = 5e-3  # seconds per step beside the images' own: dispatch, per 10 blocks
-COUNTS = {"digits": (1297, 500, 8), "mnist": (60_000, 10_000, 28), "fashion-mnist": (60_000, 10_000, 28)}
-USUAL = (50_000, 10_000, 32)  # CIFAR and what has no name
 PROBES = 3  # forwards of a measured image, as given and at initialisation, with the usual probes
 BESIDE = {"gradients": 3, "unrolled_last": 15}  # forwards more of a measured image with these probes
 # Images that are run through the network after every epoch by what a run watches, as forwards; and all test images.
@@ -32,8 +31,8 @@ def network_minutes(job: Job) -> float | None:
     """
     if not isinstance(job, Run):
         return None
-    made = (*job.data.clutter_sizes, 32) if job.data.clutter else USUAL
-    train, test, side = COUNTS.get(job.data.name, made)
+    named = FACTS.get(job.data.name, FACTS["cifar10"])  # files of images without a name are mostly of this size
+    (train, test), side = (job.data.clutter_sizes, 32) if job.data.clutter else (named.counts, named.shape[1])
     train, test = job.data.train or train, job.data.test or test
     image = 1e-3 * sum(
         blocks * math.ceil(side / 2**section) ** 2 * (A + B * width**2)

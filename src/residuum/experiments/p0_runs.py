@@ -6,6 +6,7 @@ from functools import cache
 
 from residuum.claims import Results
 from residuum.data import ClutterConfig
+from residuum.data.catalogue import FACTS
 from residuum.experiments.seeds import Seeds
 from residuum.layers.coupling import Coupling
 from residuum.layers.lipschitz import Limit
@@ -236,10 +237,10 @@ def run_of(
     at = SCALES[scale]
     images = at.data[data]
     count = size or images_of(scale, data)
-    colours, classes, side = _SHAPES.get(images.name, (1, 10, 32))
+    (channels, side, _), classes = FACTS[images.name][1:] if images.clutter is None else ((1, 32, 32), 10)
     limit = None if cell.bound is None else Limit(cell.bound, side, "clipped" if cell.clipped else "allowed")
     network = ResNetConfig(
-        at.blocks, at.widths, channels=colours, classes=classes, norm=cell.norm, alike=cell.alike, limit=limit
+        at.blocks, at.widths, channels=channels, classes=classes, norm=cell.norm, alike=cell.alike, limit=limit
     )
     epochs = max(1, round(at.updates[data] / -(-count // at.batch)))
     training = TrainConfig(
@@ -258,11 +259,7 @@ def run_of(
 def images_of(scale: str, data: str) -> int:
     """How many training images a data set has."""
     images = SCALES[scale].data[data]
-    return images.train or _FULL[images.name]
-
-
-_FULL = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
-_SHAPES = {"mnist": (1, 10, 28), "cifar10": (3, 10, 32), "cifar100": (3, 100, 32), "digits": (1, 10, 8)}
+    return images.train or FACTS[images.name].counts[0]
 
 
 def of_cell(scale: str, data: str, cell: Cell, *, size: int | None = None) -> Seeds:

@@ -7,6 +7,7 @@ from functools import cache
 from torch import Tensor
 
 from residuum.claims import Results
+from residuum.data.catalogue import FACTS
 from residuum.experiments.seeds import Seeds, along, last
 from residuum.layers.sharing import NAIVE, UBN, Sharing
 from residuum.models import ResNetConfig, avgpool, resnet, scaled, single, wide
@@ -217,8 +218,9 @@ def run_of(scale: str, name: str, seed: int, *, data: str = "cifar10", shuffled:
         augment="none" if shuffled else at.augment,
         test_every=max(1, epochs // 4) if shuffled else 1,
     )
-    shape = {"classes": 100 if given.name == "cifar100" else 10, "channels": 1 if given.name == "digits" else 3}
-    model, read = network(scale, name, **shape), replace(given, train=images, shuffled=shuffled)
+    _, (channels, _, _), classes = FACTS[given.name]
+    model = network(scale, name, classes=classes, channels=channels)
+    read = replace(given, train=images, shuffled=shuffled)
     if shuffled:
         return Run(model, read, training, ("perturbation", "gradients"), at.measured, seed)
     whole = name in KINDS and seed in at.looked

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from residuum.claims import Results
+from residuum.data.catalogue import FACTS
 from residuum.effects import Effect, over_examples
 from residuum.experiments.seeds import done, last
 from residuum.models import ResNetConfig
@@ -145,9 +146,8 @@ def run_of(scale: str, data: str, depth: int, seed: int, *, decay: float = 1e-4,
     printed diverges at this learning rate.
     """
     at = SCALES[scale]
-    network = ResNetConfig(
-        blocks=(depth,) * 3, widths=at.widths, channels=3 if at.data[data].name == "cifar10" else 1, head="norm"
-    )
+    channels = FACTS[at.data[data].name].shape[0]
+    network = ResNetConfig(blocks=(depth,) * 3, widths=at.widths, channels=channels, head="norm")
     training = TrainConfig(
         epochs=at.epochs[data] * (at.longer if longer else 1),
         batch=_batch(data, depth) if scale == "paper" else 64,
