@@ -352,7 +352,7 @@ def _of_kinds(scale: str, data: str) -> list[Claim]:
             runs=(one, bounded),
         ),
         *_with_limit(
-            data, f"a limit of {BOUND:g} on whole branches, with batch norm clipped,", "-clipped", bare, clipped, SMALL
+            data, f"a limit of {BOUND:g} on whole branches (batch norm clipped)", "-clipped", bare, clipped, SMALL
         ),
         _claim(
             f"{data}-5-gradual",
