@@ -290,7 +290,7 @@ def test_nothing_to_measure_is_refused(model: nn.Module, data: tuple[Tensor, Ten
     with pytest.raises(ValueError, match="no probes given"):
         profile(model, [data], [])
     with pytest.raises(ValueError, match=r"batch 0 is a Tensor, no pair; give \(input, target\)"):
-        profile(model, [torch.randn(2, 3, 8, 8)], [readouts])
+        profile(model, iter([torch.randn(2, 3, 8, 8)]), [readouts])
     with pytest.raises(ValueError, match=r"batch 1 has no examples; its input has shape \(0, 3, 8, 8\)"):
         profile(model, [data, (data[0][:0], data[1][:0])], PROBES)
     with pytest.raises(ValueError, match="no profiles given"):

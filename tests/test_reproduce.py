@@ -15,9 +15,10 @@ from residuum import drawing, pages, reproduce, reproducescreen
 from residuum.claims import Claim, Figure, Obtained, Results
 from residuum.cli import main
 from residuum.experiments import p3_extended
+from residuum.jobs import Job
 from residuum.pages import counts, markdown, page, shown
 from residuum.reproduce import Choice, check_data, choose, gather, listing, report, stand_ins, summary
-from residuum.runs import Run
+from residuum.runs import Finished, Run
 from residuum.sweeps import Outcome
 from whole import reproduced
 from worlds import as_the_paper, make
@@ -79,8 +80,9 @@ def test_data_of_runs_that_are_complete_need_not_be_there(
     def carried_out(*arguments: object) -> Outcome:
         raise ValueError("begins")
 
-    def gather(jobs: Mapping[str, Run], out: Path) -> dict[str, Run]:
-        return {key: job for key, job in jobs.items() if isinstance(job, Run) and job.data.name == complete}
+    def gather(jobs: Mapping[str, Job], out: Path) -> dict[str, Finished]:
+        there = {key: job for key, job in jobs.items() if isinstance(job, Run) and job.data.name == complete}
+        return {key: Finished(job, out / key) for key, job in there.items()}
 
     monkeypatch.setattr(reproducescreen, "gather", gather)
     monkeypatch.setattr(reproducescreen, "carried_out", carried_out)

@@ -140,7 +140,7 @@ def test_other_settings_of_the_training_are_noted(runs: Path, tmp_path: Path) ->
         ("true", "true", "true was not trained on shuffled labels; give a folder of `residuum train --shuffle-labels`"),
         ("true", "deeper", "true and deeper are of different networks (ResNetConfig(blocks=(2, 1), "),
         ("true --weights random", "shuffled", "true was not trained by residuum, so no network trained on shuffled"),
-        ("true", "missing", "unknown model"),
+        ("true", "missing", "missing is no folder; give one that residuum train wrote"),
     ],
 )
 def test_what_is_not_comparable_is_refused(
