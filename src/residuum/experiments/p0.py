@@ -418,7 +418,8 @@ def _everywhere(scale: str) -> list[Claim]:
         _claim(
             "7-convergent",
             f"{ABSTRACT}: not a useful inductive bias",
-            f"On no data set is strength 1 with a limit of {BOUND:g} more accurate than strength 0 without one ({names})",
+            f"On no data set is strength 1 with a limit of {BOUND:g} more accurate than strength 0 without one "
+            f"({names})",
             f"gain: {POINTS}, on each",
             partial(no_gain, pairs=tuple(zip(bounded, ordinary, strict=True))),
             runs=(*bounded, *ordinary),
