@@ -268,7 +268,6 @@ def test_what_is_complete_is_added(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "is a file; --kept takes a folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_published_verdicts_are_those_of_the_kept_runs(tmp_path: Path) -> None:
     kept = ROOT / "docs" / "results" / "runs"
     content = json.loads((ROOT / "docs" / "results" / "claims.json").read_text(encoding="utf-8"))

@@ -148,11 +148,19 @@ def test_a_hugging_face_folder_with_its_constants(tmp_path: Path) -> None:
         ),
         ({"size": 16, "crop_size": 24, "do_center_crop": False}, Reads((16, 16), (0.5,) * 3, (0.1,) * 3)),
         ({"size": 16, "do_normalize": False}, Reads((16, 16), (0.0,) * 3, (1.0,) * 3)),
+        ({"size": 16, "do_rescale": False}, Reads((16, 16), (0.5 / 255,) * 3, (0.1 / 255,) * 3)),
+        ({"size": 16, "rescale_factor": 2 / 255, "rescale_offset": True}, Reads((16, 16), (0.75,) * 3, (0.05,) * 3)),
     ],
 )
 def test_what_an_image_processor_does_is_what_counts(says: dict[str, Any], reads: Reads, tmp_path: Path) -> None:
     processor = {"image_mean": [0.5] * 3, "image_std": [0.1] * 3} | says
     assert load_model(f"hf:{hf_folder(tmp_path, processor=processor)}").reads == reads
+
+
+def test_reversed_channels_are_refused(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path, processor={"size": 16, "do_flip_channel_order": True})
+    with pytest.raises(ValueError, match=r"reads blue, green, red \(do_flip_channel_order\); images are red"):
+        load_model(f"hf:{folder}")
 
 
 def test_weights_that_the_files_of_a_model_lack_are_named(tmp_path: Path) -> None:

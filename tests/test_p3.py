@@ -26,12 +26,7 @@ from residuum.toys.problems import PREY, arms, lotka_volterra, sine, spirals, st
 from residuum.toys.truncation import truncation
 
 SINE = replace(PAPER["sine"], depth=3, epochs=2, seeds=(0, 1, 2))
-SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1))
-
-
-@pytest.fixture(autouse=True)
-def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "_DRAWS", 2)
+SPIRALS = replace(PAPER["spirals"], depth=3, time=1.5, epochs=1, batch=100, seeds=(0, 1), draws=2)
 
 
 def test_the_spirals_are_the_papers() -> None:
@@ -471,7 +466,7 @@ def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
         ({"problem": "wave", "solver": "anderson", "levels": 2}, "levels is 2; it is 1 or more, and for sine and"),
         ({"levels": 2}, "depth 10 must be 1 more than a multiple of 2"),
         ({"decay": 0.0}, "decay is 0.0; it must be above 0, and at most 1"),
-        ({"problem": "spirals", "depth": 9, "levels": 2, "every": 3}, "depth 5, .* every a divisor of depth"),
+        ({"problem": "spirals", "depth": 9, "levels": 2, "every": 3}, "'depth': 5, .* every a divisor of depth"),
         ({"levels": 4, "depth": 9, "epochs": 3}, "levels is 4: 3 epochs must be as many at least"),
     ],
 )

@@ -389,14 +389,12 @@ def test_kept_runs_that_are_not_there_are_not_checked(tmp_path: Path, capsys: py
     assert not out.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_tiny_reproduction_runs_end_to_end(tmp_path: Path) -> None:
-    mine = reproduced("p2", tmp_path, formats=drawing.FORMATS)
+    mine = reproduced("p2", tmp_path)
     assert len(mine) == 91
     assert "not run" not in {claim["verdict"] for claim in mine}
-    figures = list((tmp_path / "out" / "tiny" / "p2").glob("*.*"))
-    assert sorted(path.suffix for path in figures) == [".pdf"] * 10 + [".png"] * 10
+    assert len(list((tmp_path / "out" / "tiny" / "p2").glob("*.png"))) == 10
     arguments = ["reproduce", "p2-mnist-error", "--scale", "tiny", "--out", str(tmp_path / "out"), "--workers", "2"]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*") if path.is_file()}
     assert main(arguments) == 0

@@ -22,7 +22,6 @@ from residuum.engines import workers
 from residuum.engines.pool import Pool
 from residuum.sweeps import Outcome, sweep
 
-pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 
 
@@ -88,6 +87,7 @@ def test_a_killed_worker_costs_one_more_try(tmp_path: Path) -> None:
     assert Counter(executions(tmp_path))[jobs[2].key] == 4
 
 
+@pytest.mark.slow
 def test_runs_that_hang_are_ended_by_their_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "GRACE", 0.5)
     jobs = [Fake(0), Fake(1, "hang"), Fake(2, "deaf"), Fake(3)]
@@ -98,6 +98,7 @@ def test_runs_that_hang_are_ended_by_their_time_limit(tmp_path: Path, monkeypatc
     assert runfolders.stand(tmp_path / "runs" / jobs[1].key).state == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_parent_that_ends_takes_its_workers_along(how: signal.Signals, tmp_path: Path) -> None:
     """No worker goes on alone; the next sweep resumes what was begun, and repeats nothing that was finished."""
@@ -129,6 +130,7 @@ def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
     assert len(pids(tmp_path)) == 4  # of both sweeps
 
 
+@pytest.mark.slow
 def test_one_sweep_takes_over_from_another_that_dies(tmp_path: Path) -> None:
     jobs = [Fake(0, seconds=20.0)]
     first = parent(tmp_path, jobs, 1)
@@ -187,6 +189,7 @@ def command(tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "residuum.cli", "sweep", f"{tmp_path / 'study.py'}:study", "--out"]
 
 
+@pytest.mark.slow
 def test_networks_resume_with_the_same_bits(command: list[str], tmp_path: Path) -> None:
     """The command as users type it, stopped by Ctrl-C in the middle of a training, and given again."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

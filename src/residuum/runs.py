@@ -50,7 +50,7 @@ class DataConfig:
         name: "digits", "mnist", "fashion-mnist", "cifar10", "cifar100"; "digitclutter", which is made; or a file
             "path/FILE.npz", of which the content counts and not the place.
         train: So many training images, equally many of every class, drawn with the seed of the run; None: all.
-        test: So many test images, always the same; None: all.
+        test: At most so many test images, always the same; None: all.
         shuffled: Permute the labels of the training images among them, with the seed of the run.
         clutter: What is in the images of "digitclutter".
         clutter_sizes: Training and test images of "digitclutter" that are made.

@@ -188,12 +188,26 @@ def _huggingface_reads(name: str, config: Any) -> Reads:
     given = crop or constants.get("size") or {}
     if isinstance(given, dict):
         given = (given["height"], given["width"]) if "height" in given else given.get("shortest_edge")
+    channels = getattr(config, "num_channels", 3)
+    return Reads(_pair(given) if given else size, *_huggingface_scale(name, constants, channels))
+
+
+def _huggingface_scale(name: str, constants: dict[str, Any], channels: int) -> tuple[Any, Any]:
+    """Mean and standard deviation for images with values in [0, 1]: a processor's are for `white x - offset`.
+
+    Raises:
+        ValueError: If the processor reverses the channels, which no mean and standard deviation can.
+    """
+    if constants.get("do_flip_channel_order"):
+        raise ValueError(f"hf:{name} reads blue, green, red (do_flip_channel_order); images are red, green, blue here")
     mean, std = constants.get("image_mean"), constants.get("image_std")
     if not constants.get("do_normalize", True):
-        channels = getattr(config, "num_channels", 3)
         mean, std = (0.0,) * channels, (1.0,) * channels
-    known = (tuple(mean), tuple(std)) if mean and std else (None, None)
-    return Reads(_pair(given) if given else size, *known)
+    if not (mean and std):
+        return None, None
+    white = 255 * constants.get("rescale_factor", 1 / 255) if constants.get("do_rescale", True) else 255.0
+    offset = 1.0 if constants.get("rescale_offset") else 0.0
+    return tuple((value + offset) / white for value in mean), tuple(value / white for value in std)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -232,7 +232,7 @@ def _full(
 def _tiny() -> Scale:
     of = {name: replace(example, seeds=(0, 1)) for name, example in PAPER.items()}
     sine = replace(of["sine"], depth=2, epochs=2, batch=50)
-    spirals = replace(of["spirals"], depth=5, time=2.5, epochs=3, batch=200)
+    spirals = replace(of["spirals"], depth=5, time=2.5, epochs=3, batch=200, draws=1)
     grids = {
         e.problem: Grid(e, (1, 2), (0.01, 0.1), _LEVEL[e.problem], _NOTHING[e.problem])
         for e in (replace(sine, time=5.0), spirals)

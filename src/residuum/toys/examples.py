@@ -106,6 +106,7 @@ class Example:
         levels: Of "sine" and "spirals", in how many levels they are trained, each with an equal share of the epochs and
             a fresh optimiser: from few blocks, L of which become 2 L - 1 with half the dt (`networks.refine_`), to
             `depth` blocks at the last.
+        draws: Of the noise under which "spirals" are measured.
     """
 
     problem: str
@@ -131,6 +132,7 @@ class Example:
     divergence: float = 0.0
     jacobian: float = 0.0
     levels: int = 1
+    draws: int = 20
 
     kind: ClassVar[str] = "example"
 
@@ -139,11 +141,9 @@ class Example:
             raise unknown("problem", self.problem, LOSSES)
         if self.optimiser not in ("sgd", "adam"):
             raise unknown("optimiser", self.optimiser, ("sgd", "adam"))
-        if min(self.depth, self.width, self.epochs, self.every) < 1 or self.batch < 0 or self.depth % self.every:
-            raise ValueError(
-                f"depth {self.depth}, width {self.width}, epochs {self.epochs} and every {self.every} must be 1 or "
-                f"more, batch {self.batch} 0 or more, and every a divisor of depth"
-            )
+        counts = {name: getattr(self, name) for name in ("depth", "width", "epochs", "every", "draws")}
+        if min(counts.values()) < 1 or self.batch < 0 or self.depth % self.every:
+            raise ValueError(f"{counts} must be 1 or more, batch {self.batch} 0 or more, and every a divisor of depth")
         if not (self.rates and self.seeds and min(self.rates) > 0 and math.isfinite(self.time) and self.time > 0):
             raise ValueError(f"time {self.time}, rates {self.rates} and seeds {self.seeds} must be above 0, not empty")
         for name, value, kinds in (
@@ -427,7 +427,7 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
         For "sine" and "spirals", per member: "jacobian", "expansion" and "contraction", quantiles over the validation
         points (5 %, 50 %, 95 %) of the largest singular value of the Jacobian from the input to the last state, of the
         largest of that from the first state to the last, and of its smallest; for "spirals" also "noise": by standard
-        deviation, the accuracy on validation points with Gaussian noise, mean over 20 draws, the same for all members.
+        deviation, the accuracy on validation points with Gaussian noise, mean over `draws`, the same for all members.
         For "arms", per member: "shifted", by length, the accuracy on 500 points of each spiral that are moved so far
         outwards and so far inwards, mean of both.
 
@@ -444,5 +444,5 @@ def measured(example: Example, network: nn.Module, problem: Problem) -> dict[str
     at = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     found: dict[str, Any] = {name: value.view(count, -1).quantile(at, 1).mT.tolist() for name, value in values.items()}
     if example.problem == "spirals":
-        found["noise"] = {str(sd): noisy_accuracy(network, pairs, sd) for sd in NOISE}
+        found["noise"] = {str(sd): noisy_accuracy(network, pairs, sd, example.draws) for sd in NOISE}
     return found

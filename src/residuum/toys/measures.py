@@ -9,7 +9,6 @@ from residuum.toys.networks import Chain
 from residuum.toys.problems import Pairs
 
 NOISE = (0.0, 0.02, 0.04, 0.06, 0.08)
-_DRAWS = 20
 SHIFTS = (0.0, 0.1, 0.2, 0.33, 0.4, 0.5)  # of "arms", which are 1 apart
 
 
@@ -26,11 +25,11 @@ def jacobians(network: Chain, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float) -> list[float]:
+def noisy_accuracy(network: nn.Module, pairs: Pairs, sd: float, draws: int) -> list[float]:
     """Of each member, the accuracy on points with Gaussian noise; the same noise for all, mean over draws."""
-    draw, right = np.random.default_rng(0), []
-    for _ in range(_DRAWS if sd else 1):
-        noise = torch.tensor(draw.normal(0, sd, pairs.x.shape[1:]))
+    random, right = np.random.default_rng(0), []
+    for _ in range(draws if sd else 1):
+        noise = torch.tensor(random.normal(0, sd, pairs.x.shape[1:]))
         output = network((pairs.x + noise).flatten(0, 1)).output.view(pairs.y.shape)
         right.append(((output > 0) == (pairs.y > 0.5)).double().mean((1, 2)))
     return torch.stack(right).mean(0).tolist()
