@@ -367,6 +367,14 @@ def test_distances_of_nothing_have_no_place_on_a_logarithmic_axis(tmp_path: Path
     assert [line["name"] for line in charts.distance_by_depth("law", networks)["series"]] == ["section 1"]
 
 
+def test_networks_of_one_depth_count_in_the_mean() -> None:
+    def network(step: float, blocks: int) -> tuple[str, titles.Table, tuple[int, ...]]:
+        return "a", {"scaled_perturbation": {(0, i, 1): Value(step, 0.0, 5) for i in range(blocks)}}, (blocks,)
+
+    networks = [network(0.3, 2), network(0.1, 2), network(0.2, 8), network(0.4, 8)]
+    assert "From 2 to 8 blocks the scaled distance is multiplied by 6 (" in titles.law(networks)
+
+
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no result folder given"):
         report.write([], tmp_path / "page.html")

@@ -17,6 +17,8 @@ def label_loss(model: nn.Module, x: Float[Tensor, "example ..."], y: Tensor) -> 
 def correct(output: Float[Tensor, "example class"], y: Tensor) -> Bool[Tensor, " example"]:
     """Whether the answer is right: the largest output, or for m classes present the m largest (exact match).
 
+    Where no class is present every answer is right.
+
     Source: exact match with the m largest outputs: Spoerer et al. 2017, "Recurrent Convolutional Neural Networks: A
     Better Model of Biological Object Recognition".
     """

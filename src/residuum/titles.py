@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import exp, fsum, inf
+from statistics import fmean
 from typing import Any
 
 from residuum.answers import GUESSING
@@ -323,10 +324,14 @@ def compared(key: str, networks: Sequence[tuple[str, Table, Lengths]]) -> str:
 
 
 def law(networks: Sequence[tuple[str, Table, Lengths]]) -> str:
-    """Of the chart of distances against depth: growth from the shallowest to the deepest network."""
-    few, many = (pick(networks, key=lambda network: sum(network[2])) for pick in (min, max))
-    low, high = sum(few[2]), sum(many[2])
-    growth = distance(many[1]) / distance(few[1])
+    """Of the chart of distances against depth: growth from the shallowest to the deepest networks, each in the mean."""
+    depths = [sum(lengths) for *_, lengths in networks]
+    low, high = min(depths), max(depths)
+    few, many = (
+        fmean(distance(table) for (_, table, _), depth in zip(networks, depths, strict=True) if depth == end)
+        for end in (low, high)
+    )
+    growth = many / few
     return (
         f"From {low} to {high} blocks the scaled distance is multiplied by {number(growth)} "
         f"(1 if it were fixed, {number((high / low) ** 0.5)} under the square-root law)"
