@@ -63,7 +63,8 @@ def test_two_depths_give_a_slope_without_an_interval() -> None:
     effect = slope([4, 16], [1.0, 2.0])
     assert effect.value == pytest.approx(0.5)
     assert effect.high == math.inf
-    for depths, values in (([4, 4], [1.0, 2.0]), ([4, 8], [1.0, 0.0]), ([2, 4, 8], [1.0, 2.0])):
+    wrong = (([4, 4], [1.0, 2.0]), ([6] * 3, [1.0, 2.0, 3.0]), ([4, 8], [1.0, 0.0]), ([2, 4, 8], [1.0, 2.0]), ([], []))
+    for depths, values in wrong:
         with pytest.raises(ValueError, match=r"two different depths|positive numbers|3 depths and 2 values"):
             slope(depths, values)
 

@@ -124,10 +124,10 @@ def slope(depths: Sequence[float | int], values: Sequence[float | int]) -> Effec
     x, y = np.asarray(depths, dtype=float), np.asarray(values, dtype=float)
     if not (np.all(x > 0) and np.all(y > 0)):
         raise ValueError(f"slope: logarithms need positive numbers, given {list(values)} at {list(depths)}")
+    if len(set(x)) < 2:  # their spread about a rounded mean need not be 0
+        raise ValueError(f"slope: needs at least two different depths, given {list(depths)}")
     x, y = np.log(x), np.log(y)
     spread = float(((x - x.mean()) ** 2).sum())
-    if not spread:
-        raise ValueError(f"slope: needs at least two different depths, given {list(depths)}")
     rise = float((x - x.mean()) @ (y - y.mean())) / spread
     if len(x) == 2:
         return Effect(rise, -math.inf, math.inf, 2, "depths")
