@@ -230,6 +230,15 @@ def test_what_is_achieved_stands_in_the_history(digits: Splits) -> None:
     assert history[-1]["effective_parameters"] > 0.9 * whole  # independent weights: nearly all count
 
 
+def test_tied_weights_are_not_mixed_once_for_each_block_that_has_them() -> None:
+    one, common = layers(1)[0], layers(1, seed=1)[0]
+    before = one[0].weight.clone()
+    for blocks, other in (([one, one], common), ([one, layers(1, seed=2)[0]], one)):
+        with pytest.raises(ValueError, match="one and the same or have tied parameters"):
+            mix_weights_(blocks, other, 0.5)
+    assert torch.equal(one[0].weight, before)
+
+
 def test_mixed_weights_keep_their_variance() -> None:
     blocks = layers(3, width=200)
     mix_weights_(blocks, layers(1, seed=7, width=200)[0], 0.4)

@@ -161,7 +161,7 @@ def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: 
 
     Args:
         blocks: Blocks of one shape.
-        common: A block of that shape, the weights U.
+        common: A block of that shape with weights of its own, U.
         strength: a in [0, 1].
         couple: As in `couple_gradients_`.
 
@@ -175,8 +175,7 @@ def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: 
         return
     root = ((1 - strength) ** 2 + strength**2) ** 0.5
     with torch.no_grad():
-        for target, *row in alike((common, *blocks), couple, tied=True):
-            goal = target.clone()
+        for goal, *row in alike((common, *blocks), couple):
             for p in row:
                 p.lerp_(goal, strength)
                 if p.ndim > 1:
