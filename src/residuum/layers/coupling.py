@@ -195,18 +195,14 @@ def tied(blocks: Blocks, *, couple: str = "weights") -> nn.ModuleList:
     Raises:
         ValueError: As `achieved_sharing`.
     """
-    rows = alike(blocks, couple, tied=True)
-    first = copy.deepcopy(blocks[0])
+    blocks = copy.deepcopy(list(blocks))
     with torch.no_grad():
-        for p, row in zip(_parameters(first, couple).values(), rows, strict=True):
-            p.copy_(_mean(row))
+        for row in alike(blocks, couple, tied=True):
+            row[0].copy_(_mean(row))
     if couple == "all":
-        others = copy.deepcopy(list(blocks))
-        _one_statistics_(others)
-        for ours, theirs in zip(first.buffers(), others[0].buffers(), strict=True):
-            ours.copy_(theirs)
-        return as_list([first] * len(blocks))
-    return as_list(with_norms(first, norms_of(block)) for block in copy.deepcopy(list(blocks)))
+        _one_statistics_(blocks)
+        return as_list(blocks[:1] * len(blocks))
+    return as_list(with_norms(blocks[0], norms_of(block)) for block in blocks)
 
 
 def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, Any]:
