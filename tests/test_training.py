@@ -1,6 +1,7 @@
 """Training: it learns, repeats itself exactly, calls its functions, and stops when it diverges."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datafiles import write_npz
+from residuum.checkpoints import Progress
 from residuum.data import Splits, load_splits
 from residuum.models import ResNet, ResNetConfig
 from residuum.processes import Group
 from residuum.rates import Cosine, Steps, rate
-from residuum.training import TrainConfig, correct, evaluate, found_classes, label_loss, make_optimiser, train
+from residuum.training import TrainConfig, Training, correct, evaluate, found_classes, label_loss, make_optimiser, train
 from trainer import Small
 
 NETWORK = ResNetConfig(blocks=(1, 1), widths=(4, 8), channels=1)
@@ -174,6 +176,32 @@ def test_parts_of_a_step_add_up_to_the_step(digits: Splits) -> None:
         train(model, digits, TrainConfig(epochs=2, batch=20, lr=0.05, accumulate=parts))
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Apart(Group):
+    """One of several processes, which knows nothing of the others."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def gradients_wait(self, wrapped: nn.Module, wait: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sum(self, value: float) -> float:
+        return value
+
+
+def test_processes_with_unequal_shares_have_as_many_parts(digits: Splits) -> None:
+    """Else SyncBatchNorm would wait for ever: 17 images are 9 and 8, of which 4 parts were 3 and 4."""
+    few = digits._replace(train=digits.train.take(34, seed=0))
+    counts = []
+    for rank in range(2):
+        model, sizes = Small(norm=True), []
+        model.norm.register_forward_hook(lambda _, given, __, sizes=sizes: sizes.append(len(given[0])))
+        config = TrainConfig(batch=17, accumulate=4)
+        list(Training(model, few, config, label_loss, Apart(rank, 2), None, None).steps(Progress()))
+        counts.append(sizes[1:])  # without the look at the number of classes
+    assert counts == [[3, 3, 3] * 2, [3, 3, 2] * 2]
 
 
 def test_gradients_are_changed_before_they_are_clipped(digits: Splits) -> None:

@@ -318,7 +318,7 @@ class Training:
         """Gradients of the mean loss over the images of a step, those of all processes; and that mean."""
         self.optimiser.zero_grad()
         total = 0.0
-        size = _part(len(x), self.config.accumulate)
+        size = _part(images, self.config.accumulate * self.group.size)
         parts = list(zip(x.split(size), y.split(size), strict=True))
         for number, (some, labels) in enumerate(parts):
             weight = len(some) / images
@@ -382,8 +382,8 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
         )
     normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     for images in (last, min(config.batch, len(data.train))) if normalised else ():
+        size = _part(images, config.accumulate * group.size)
         for own in (images // group.size, -(-images // group.size)):
-            size = _part(own, config.accumulate)
             if 1 in (size, own % size):
                 other = f"choose another batch ({config.batch}) or accumulate ({config.accumulate})"
                 raise ValueError(
@@ -403,7 +403,11 @@ def _check(model: nn.Module, data: Splits, config: TrainConfig, loss: Loss, grou
 
 
 def _part(images: int, parts: int) -> int:
-    """Images of each part of a step; the last part may have fewer."""
+    """Images of each part of a step; a process's last part may have fewer.
+
+    Of processes with unequal shares all have as many parts, since SyncBatchNorm waits for all in each; one image that
+    would be a part of its own `_check` refuses where there is batch norm.
+    """
     return -(-images // parts)
 
 
