@@ -146,7 +146,9 @@ def test_what_cannot_be_is_refused() -> None:
         TrainingImages(data, augment="crop")
     with pytest.raises(ValueError, match="the train split of drawn has no images"):
         TrainingImages(replace(data, images=data.images[:0], labels=data.labels[:0]))
-    with pytest.raises(ValueError, match="may not resize"):
-        TrainingImages(replace(data, preparation=replace(data.preparation, size=(8, 8))))
+    prepared = data.preparation
+    for other in (replace(prepared, size=(8, 8)), replace(prepared, mean=prepared.mean * 2, std=prepared.std * 2)):
+        with pytest.raises(ValueError, match="may not resize them or repeat channels"):
+            TrainingImages(replace(data, preparation=other))
     with pytest.raises(ValueError, match="batch is 0; it must be at least 1"):
         TrainingImages(data).batches(batch=0, generator=seeded())

@@ -52,7 +52,10 @@ class TrainingImages:
         if count == 0:
             raise ValueError(f"the {data.split} split of {data.name} has no images")
         if len(preparation.mean) != channels or preparation.size not in (None, (rows, columns)):
-            raise ValueError(f"training reads the images of {data.name} as they are; their preparation may not resize")
+            raise ValueError(
+                f"training reads the images of {data.name} as they are; their preparation may not resize them or "
+                "repeat channels"
+            )
         self._augmented, self._dtype, self._shape = augment == "crop_flip", dtype, (rows, columns, channels)
         pad = PAD if self._augmented else 0
         images = data.images.to(device).permute(0, 2, 3, 1)
