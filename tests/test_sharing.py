@@ -512,10 +512,10 @@ def test_both_numbers_of_a_recalibration_are_in_the_history() -> None:
     assert row["recalibrated_test_loss"] != pytest.approx(row["test_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("transition", ["separate", "projection"])
-def test_the_gradient_ratio_is_that_of_the_probes(transition: str) -> None:
+@pytest.mark.parametrize(("transition", "stem"), [("separate", None), ("separate", 2), ("projection", None)])
+def test_the_gradient_ratio_is_that_of_the_probes(transition: str, stem: int | None) -> None:
     """Twin: `gradients` at the input of the last section's first block, or at the output of the block before."""
-    model = ResNet(ResNetConfig((3, 3), (4, 6), 1, 3, transition)).double().requires_grad_(False).eval()
+    model = ResNet(ResNetConfig((3, 3), (4, 6), 1, 3, transition, stem=stem)).double().requires_grad_(False).eval()
     x, y = images(), torch.tensor([0, 1, 2, 0, 1, 2])
     ours = gradient_ratio(model, x, y)
     norms = gradients()(model.cut(x), y)["gradient_norm"].values

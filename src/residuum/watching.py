@@ -19,8 +19,7 @@ def gradient_ratio(
     """By how much gradients grow on their way down: `|dL/dh| at the first section / |dL/dh| at the last`.
 
     Taken at the input of the first residual block of each, per example, of the loss of each example. With projections
-    that is the state before the projection. 1: gradients keep their size; much above 1: they
-    explode.
+    that is the state before the projection. 1: gradients keep their size; much above 1: they explode.
 
     Args:
         model: A network of at least two sections, in the mode in which it is to be looked at.
@@ -36,7 +35,8 @@ def gradient_ratio(
     if len(stream.sections) < 2:
         raise ValueError("gradient_ratio compares the first section with the last; the network has only one")
     entered: list[Tensor] = []  # the state before a projection that the first section begins with
-    handle = model.widen and model.widen.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    begins = stream.sections[0].passed  # a 1x1 convolution that widens is no residual block
+    handle = model.widen.register_forward_pre_hook(lambda _, given: entered.append(given[0])) if begins else None
     try:
         with torch.enable_grad():
             trace = stream.run()
