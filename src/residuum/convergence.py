@@ -157,8 +157,8 @@ def best_scale(profile: Profile) -> dict[str, Any]:
         profile: A profile of training examples that has `interventions(partial(unrolls, scales=SCALES))`.
 
     Returns:
-        Ready for JSON: "scale"; "loss": {scale: mean loss after the last step, None if any example's is infinite};
-        "exploded": {scale: part of the examples whose output is not finite any more}.
+        Ready for JSON: "scale", None if no loss is finite; "loss": {scale: mean loss after the last step, None if any
+        example's is infinite}; "exploded": {scale: part of the examples whose output is not finite any more}.
 
     Raises:
         ValueError: If the profile has no unrolled steps with labels.
@@ -174,10 +174,11 @@ def best_scale(profile: Profile) -> dict[str, Any]:
         raise ValueError(
             "best_scale: the profile has no loss after extra steps; measure it with labels and interventions(unrolls)"
         )
-    means = {scale: values.nanmean().item() for scale, values in losses.items()}
+    means = {scale: finite(values.nanmean().item()) for scale, values in losses.items()}
+    known = {scale: mean for scale, mean in means.items() if mean is not None}
     return {
-        "scale": float(min(means, key=lambda scale: means[scale])),
-        "loss": {scale: finite(mean) for scale, mean in means.items()},
+        "scale": float(min(known, key=known.__getitem__)) if known else None,
+        "loss": means,
         "exploded": {scale: values.isinf().double().mean().item() for scale, values in losses.items()},
     }
 
