@@ -12,7 +12,18 @@ from torch import Tensor
 from residuum import drawing
 from residuum.claims import NOT_RUN, Judged, Study, judge
 from residuum.experiments import SCALES, study
-from residuum.experiments.p1_runs import GRID, NAMES, PRINTED, TABLE, by_worth, of, run_of, shuffled_of, unrolled
+from residuum.experiments.p1_runs import (
+    GRID,
+    NAMES,
+    PRINTED,
+    TABLE,
+    by_worth,
+    chosen_scale,
+    of,
+    run_of,
+    shuffled_of,
+    unrolled,
+)
 from residuum.models import ResNet, count_parameters
 from residuum.profiles import Measure, Point, Profile
 from residuum.rates import RATES
@@ -282,6 +293,16 @@ def test_figures_are_drawn_of_what_is_there() -> None:
                 for axes in drawn.axes:
                     assert axes.get_xlabel(), figure.id
                     assert axes.get_ylabel(), figure.id
+
+
+def test_no_scale_is_chosen_where_every_loss_is_infinite() -> None:
+    class Exploded(Planted):
+        def profile(self, name: str = "profile") -> Profile:
+            lost = Measure(torch.full((2, 1), torch.inf), (Point(0, 1),), "state")
+            return Profile(torch.arange(2), {unrolled(scale, "loss"): lost for scale in GRID}, ("1",), (1,), {})
+
+    with pytest.raises(ValueError, match="infinite at every scale, so none is chosen"):
+        chosen_scale(Exploded(next(iter(study("p1", "tiny").jobs)), Path(), "110", 1))
 
 
 @pytest.mark.slow

@@ -169,9 +169,9 @@ def over_examples(
         return np.stack([np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(many)])
 
     found = [value for start in range(0, draws, _AT_ONCE) for value in of(draw(min(_AT_ONCE, draws - start)))]
-    tail = (1 - LEVEL) / 2
-    with np.errstate(invalid="ignore"):  # between two infinite draws
-        low, high = np.quantile(found, [tail, 1 - tail]) if n > 1 else (-math.inf, math.inf)
+    # Between infinite draws nothing can be interpolated.
+    tail, method = (1 - LEVEL) / 2, "nearest" if np.isinf(found).any() else "linear"
+    low, high = np.quantile(found, [tail, 1 - tail], method=method) if n > 1 else (-math.inf, math.inf)
     return Effect(of(np.ones((1, n)))[0], float(low), float(high), n, "examples")
 
 

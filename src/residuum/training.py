@@ -47,7 +47,8 @@ class TrainConfig:
         optimiser: "sgd" (with momentum, without Nesterov's correction) or "adam".
         momentum: Of SGD.
         weight_decay: On weights only: not on biases and other vectors, nor on the scales and shifts of norms.
-        clip: Largest norm of all gradients together; longer ones are scaled down. None: no limit.
+        clip: Largest norm of all gradients together, coupled and without weight decay; longer ones are scaled down.
+            None: no limit.
         accumulate: Parts in which a step's images are run, one after the other, for less memory. Batch norm then
             normalises each part by itself.
         precision: "float32", or "bfloat16" for the forward pass where torch's autocast allows it; weights, gradients

@@ -1,5 +1,6 @@
 """P1's networks at three scales, and the numbers that are read from them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -301,6 +302,8 @@ def chosen_scale(run: Finished) -> float:
     """Of the probe's scales the one with the lowest loss on training images after all extra runs."""
     train = run.profile("train")
     losses = {scale: along(train, unrolled(scale, "loss"))[-1] for scale in GRID}
+    if not min(losses.values()) < math.inf:
+        raise ValueError("the loss after all extra runs is infinite at every scale, so none is chosen")
     return min(GRID, key=losses.__getitem__)
 
 
