@@ -341,6 +341,13 @@ def test_an_axis_of_percentages_has_room() -> None:
     assert titles.cuts(table, (3,)) == "Block 1 turns the state least, by less than 0.01\u00a0% of a half turn"
 
 
+def test_a_logarithmic_axis_of_tiny_percentages_has_no_range_from_below_zero() -> None:
+    table = {"step": {(0, i, 1): Value(mean, 0.0, 5) for i, mean in enumerate((4e-4, 1e-5, 1e-5))}}
+    curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)
+    chart = charts.along_depth("step", "step", [curve], label="step", unit="%", state=False, span=None)
+    assert chart["y"] == {"title": "step, logarithmic", "percent": True, "range": None, "log": True}
+
+
 def test_what_is_rounded_away_is_not_said() -> None:
     table = {"loss": {(0, i, 1): Value(1.12 - 1e-5 * i, 0.0, 5) for i in range(3)}}
     assert titles.loss(table, (2,)).endswith("which hardly changes from the first (1.12) to the last")

@@ -257,10 +257,11 @@ def _chart(key: str, axis: Axis, series: list[Chart], label: str, unit: str, spa
         "log": False,
     }
     title = label + (", logarithmic" if log else "")
+    span = span or (_least(series) if unit and not log else None)
     return {
         "id": key,
         "x": x,
-        "y": {"title": title, "percent": unit == "%", "range": span or (_least(series) if unit else None), "log": log},
+        "y": {"title": title, "percent": unit == "%", "range": span, "log": log},
         "series": series,
     }
 
