@@ -68,6 +68,15 @@ def test_margins_of_several_certain_labels_have_the_sign_of_the_answer() -> None
     assert torch.equal(found > 0, readouts(answering(logits), labels)["accuracy"].values[:, -1].bool())
 
 
+def test_outputs_that_are_no_answer_have_no_margin() -> None:
+    """With an infinite output nothing is answered, so the example is neither right nor borderline."""
+    logits = torch.tensor([[1.0, 0.0, -1.0]] * 4)
+    logits[0, 0], logits[1, 0], logits[2] = torch.inf, torch.nan, -torch.inf
+    several = torch.tensor([[1, 0, 0]] * 4, dtype=torch.uint8)
+    for labels in (several, torch.zeros(4, dtype=torch.int64)):
+        assert margins(answering(logits), labels)["margin"].values[:, 0].isnan().tolist() == [True, True, True, False]
+
+
 def test_margins_of_tokens_are_means_over_those_that_count() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 6, 5), torch.randint(0, 5, (4, 6))

@@ -20,7 +20,7 @@ def margins(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
     In [-1, 1]; positive: right. With several labels per example: the least probable right label against the most
     probable wrong one, by sigmoids, because the m most probable are the answer (m labels: undefined if there are no
     labels, or no others). With one label per token: the mean over the tokens of an example that count, so positive
-    says that the right tokens outweigh the wrong ones.
+    says that the right tokens outweigh the wrong ones. Undefined for outputs that are not a number, or infinite.
 
     Args:
         stream: The stream of one batch.
@@ -58,7 +58,7 @@ def _several(output: Tensor, target: Tensor) -> Tensor:
     a, b = output.masked_fill(~right, torch.inf).amin(1), output.masked_fill(right, -torch.inf).amax(1)
     # Of two likely labels by what is left of 1, because near 1 probabilities have no digits to differ in.
     margin = torch.where((a > 0) & (b > 0), (-b).sigmoid() - (-a).sigmoid(), a.sigmoid() - b.sigmoid())
-    return margin.masked_fill(right.all(1) | ~right.any(1), torch.nan)
+    return margin.masked_fill(right.all(1) | ~right.any(1) | ~output.amax(1).isfinite(), torch.nan)
 
 
 def groups(profile: Profile, *, width: float = 0.1, margin_kind: str = "full") -> dict[str, Profile]:
