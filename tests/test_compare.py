@@ -111,6 +111,14 @@ def test_equal_examples_are_undefined_whatever_they_are(method: str, distance: s
         assert float(matrix[1, 0]) == pytest.approx(1)
 
 
+def test_an_example_of_equal_features_has_no_correlation_whatever_their_number() -> None:
+    """What their mean leaves in float64 is rounding, which correlates with anything."""
+    for features in range(2, 40):
+        x = random(0, 6, features)
+        x[2], x[4] = 0.1, 0.3
+        assert compare(states(x), states(x), method="pearson").matrix.isnan().all()
+
+
 # Streams --------------------------------------------------------------------------------------------------------------
 
 

@@ -174,8 +174,9 @@ def _u_centred(gram: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
 def _dissimilarities(x: Float64[Tensor, "example feature"], distance: Distance) -> Float64[Tensor, "n n"]:
     if distance == "euclidean":
         return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    x = x - x.mean(1, keepdim=True)
-    unit = ratio(x, torch.linalg.vector_norm(x, dim=1, keepdim=True))
+    centred = x - x.mean(1, keepdim=True)
+    whole, length = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, centred))
+    unit = ratio(centred, length.masked_fill(length <= _ROUNDING * whole, 0))  # of equal features the mean leaves that
     return 1 - unit @ unit.T
 
 
