@@ -337,3 +337,27 @@ def test_cosines_of_tiny_gradients_are_as_in_float64() -> None:
         for dtype in (torch.float32, torch.float64)
     ]
     torch.testing.assert_close(*found, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("at", ["input", "output"])
+@pytest.mark.parametrize("grad", ["backprop", "plugin"])
+@pytest.mark.parametrize("margin", [4.0, 12.0, 20.0])
+def test_gradients_of_certain_answers_are_not_lost_in_float16(margin: float, grad: str, at: str) -> None:
+    """Which has no numbers below 6e-8: they came as 0, or with the direction of their few largest entries."""
+    torch.manual_seed(0)
+    x, weights, out = torch.randn(8, 32).half(), (torch.randn(3, 32, 32) / 20).half(), torch.randn(32, 5).half()
+    out = out * (margin / (x @ out).float().topk(2).values @ torch.tensor([1.0, -1.0])).median().half()
+    labels, probe = (x @ out).argmax(1), gradients(grad=grad, at=at)
+
+    def measured(dtype: torch.dtype) -> dict[str, Tensor]:
+        def block(w: Tensor) -> Block:
+            return Block("b", lambda h: h + torch.tanh(h @ w), lambda h: torch.tanh(h @ w))
+
+        section = Section("s", lambda h: h, tuple(map(block, weights.to(dtype))))
+        found = probe(Stream(x.to(dtype), (section,), lambda h: h @ out.to(dtype)), labels)
+        return {name.removeprefix("plugin_").removesuffix("_at_output"): m.values for name, m in found.items()}
+
+    ours, exact = measured(torch.float16), measured(torch.float64)
+    torch.testing.assert_close(ours["gradient_cosine"], exact["gradient_cosine"], atol=2e-3, rtol=0)
+    for name in ("gradient_norm", "first_order_change"):  # logits are rounded, and how certain they are hangs on that
+        torch.testing.assert_close(ours[name], exact[name], atol=0, rtol=0.1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from residuum.graphs import leaf, recorded
-from residuum.probes.passive import cosine, dot, norm, origin, ratio
+from residuum.probes.passive import cosine, dot, norm, origin, ratio, wide
 from residuum.probes.readout import Reader
 from residuum.profiles import Measure, Point, Probe, measure
 from residuum.schedules import drop, last_section
@@ -31,6 +31,8 @@ def gradients(*, grad: str = "backprop", at: str = "input") -> Probe:
     The loss of an example is that of `readouts` (tokens: mean over those that count), without weight decay. Updates and
     gradients are flattened (unmasked tokens only). Names begin with "plugin_" for "plugin" and end in "_at_output" for
     "output", so that several kinds can stand in one profile.
+
+    In float16 each example's loss goes backwards times a power of 2, so that small gradients are not lost.
 
     Args:
         grad: "backprop": of the network's loss, through all later blocks, in all sections. "plugin": of the loss that
@@ -100,10 +102,10 @@ def loss_changes(stream: Stream, target: Tensor | None) -> dict[str, Measure]:
 _Seen = tuple[Float[Tensor, " example"], Float[Tensor, " example"], Float[Tensor, " example"]]
 
 
-def _look(update: Tensor, gradient: Tensor, mask: Tensor | None) -> _Seen:
+def _look(update: Tensor, gradient: Tensor, factor: Float[Tensor, " example"], mask: Tensor | None) -> _Seen:
     product, size = dot(update, gradient, mask), norm(gradient, mask)
     angle = cosine(update, gradient, mask, product=product, lengths=(norm(update, mask), size))
-    return product, angle, size
+    return product / factor, angle, size / factor
 
 
 def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
@@ -123,12 +125,11 @@ def _backprop(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
             own.add(step.own_branch)
 
             def hook(gradient: Tensor, point: Point = point) -> None:
-                seen[point] = _look(updates.pop(point), gradient, stream.mask)
+                seen[point] = _look(updates.pop(point), gradient, factor, stream.mask)
 
             (step.before if at == "input" else step.after).register_hook(hook)
-        output = rest.exit(step.after, step.section)
-        loss = Reader.of(output, target, stream.mask)(output)[1]["loss"]
-        _gradient(loss, first)
+        loss, factor = _loss(rest, step.after, step.section, target)
+        _gradient(loss * factor, first)
     seen = dict(sorted(seen.items()))
     firsts = [seen[point] for point in seen if point.index == 0]
     found = _measures(seen, own, loss.detach())
@@ -148,24 +149,41 @@ def _plugin(stream: Stream, target: Tensor, at: str) -> dict[str, Measure]:
         if step.section < last:
             continue
         if not losses:
-            loss, before = _at_readout(stream, step.before, last, target)
+            loss, *before = _at_readout(stream, step.before, last, target)
             losses.append(loss)
-        loss, after = _at_readout(stream, step.after, last, target)
+        loss, *after = _at_readout(stream, step.after, last, target)
         losses.append(loss)
         own.add(step.own_branch)
-        seen[Point(last, step.index)] = _look(step.update, before if at == "input" else after, stream.mask)
+        seen[Point(last, step.index)] = _look(step.update, *(before if at == "input" else after), stream.mask)
         before = after
     changes = [after - before for before, after in pairwise(losses)]
     return _measures(seen, own, losses[-1]) | {"loss_change": measure(changes, list(seen), "block")}
 
 
-def _at_readout(stream: Stream, h: Tensor, section: int, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss that the readout gives right at a state, and its gradient there."""
+def _at_readout(stream: Stream, h: Tensor, section: int, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss that the readout gives right at a state, its gradient there times a factor, and the factor."""
     with recorded():
         state = leaf(h)
-        output = stream.exit(state, section)
-        loss = Reader.of(output, target, stream.mask)(output)[1]["loss"]
-        return loss.detach(), _gradient(loss, state)
+        loss, factor = _loss(stream, state, section, target)
+        return loss.detach(), _gradient(loss * factor, state), factor
+
+
+def _loss(
+    stream: Stream, h: Tensor, section: int, target: Tensor
+) -> tuple[Float[Tensor, " example"], Float[Tensor, " example"]]:
+    """The loss that the readout gives at a state, and a power of 2 by which float16 can hold its gradient.
+
+    Below 6e-8 float16 has no numbers, and the gradient of an answer that is certain by 17 nats is smaller. Times the
+    factor its length in the output is about 1. Other precisions need none.
+    """
+    output = stream.exit(h, section)
+    output = output.to(wide(output.dtype))
+    loss = Reader.of(output, target, stream.mask)(output)[1]["loss"]
+    factor = torch.ones_like(loss)
+    if h.dtype == torch.float16 and loss.requires_grad:
+        size = norm(torch.autograd.grad(loss.sum(), output, retain_graph=True)[0])
+        factor = torch.ldexp(factor, -torch.frexp(size.nan_to_num(1, 1)).exponent.clamp(-100, 0))
+    return loss, factor
 
 
 def _from_leaf(stream: Stream) -> tuple[Tensor, Stream]:
