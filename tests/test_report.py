@@ -341,6 +341,15 @@ def test_an_axis_of_percentages_has_room() -> None:
     assert titles.cuts(table, (3,)) == "Block 1 turns the state least, by less than 0.01\u00a0% of a half turn"
 
 
+def test_no_error_is_said_of_a_turn_of_one_example() -> None:
+    for error, said in ((0.0, ""), (0.02, " \u00b1 2.0\u00a0% standard error")):
+        table = {"angular_distance": {(0, 0, 1): Value(0.25, error, 1)}}
+        chart = charts.cheapest_cuts(
+            "cuts", "angular_distance", charts.Curve("a", table, (("s", ("x",)),), 0), label=""
+        )
+        assert chart["series"][0]["hover"] == [f"block 1<br><b>25.0\u00a0%</b>{said}<br>of a half turn"]
+
+
 def test_a_logarithmic_axis_of_tiny_percentages_has_no_range_from_below_zero() -> None:
     table = {"step": {(0, i, 1): Value(mean, 0.0, 5) for i, mean in enumerate((4e-4, 1e-5, 1e-5))}}
     curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)

@@ -191,8 +191,7 @@ def cheapest_cuts(key: str, quantity: str, curve: Curve, *, label: str) -> Chart
                 best[run] = (start, value)
         runs = sorted(best)
         hover = [
-            f"{_blocks(s, best[n][0], n, curve.lengths)}<br>{percent(best[n][1].mean)} of a half turn"
-            f"<br>standard error {percent(best[n][1].stderr)}"
+            f"{_blocks(s, best[n][0], n, curve.lengths)}<br>{amount(best[n][1], percent)}<br>of a half turn"
             for n in runs
         ]
         values = [best[n][1] for n in runs]
