@@ -350,6 +350,13 @@ def test_no_error_is_said_of_a_turn_of_one_example() -> None:
         assert chart["series"][0]["hover"] == [f"block 1<br><b>25.0\u00a0%</b>{said}<br>of a half turn"]
 
 
+def test_steps_are_added_up_over_the_examples_that_took_them() -> None:
+    table = {"scaled_perturbation": {(0, i, 1): Value(0.5, 0.1, 50) for i in range(2)}}
+    sums = charts.running(charts.Curve("a", table, (("s", ("x", "y")), ("t", ())), 0)).table["scaled_perturbation"]
+    assert [sums[0, i, 1] for i in range(3)] == [Value(0.0, 0.0, 50), Value(0.5, 0.1, 50), Value(1.0, 0.2, 50)]
+    assert sums[1, 0, 1] == Value(0.0, 0.0, 0)
+
+
 def test_a_logarithmic_axis_of_tiny_percentages_has_no_range_from_below_zero() -> None:
     table = {"step": {(0, i, 1): Value(mean, 0.0, 5) for i, mean in enumerate((4e-4, 1e-5, 1e-5))}}
     curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)

@@ -170,7 +170,7 @@ def running(curve: Curve) -> Curve:
     """
     steps, sums = curve.table.get("scaled_perturbation", {}), {}
     for section, length in enumerate(curve.lengths):
-        total, error, count = 0.0, 0.0, 0
+        total, error, count = 0.0, 0.0, steps.get((section, 0, 1), Value(0.0, 0.0, 0)).count
         for index in range(length + 1):
             if index and (section, index - 1, 1) in steps:
                 mean, stderr, count = steps[section, index - 1, 1]
