@@ -357,6 +357,14 @@ def test_steps_are_added_up_over_the_examples_that_took_them() -> None:
     assert sums[1, 0, 1] == Value(0.0, 0.0, 0)
 
 
+def test_of_the_network_beside_itself_no_number_of_examples_is_said() -> None:
+    count = {(0, 0, 1): Value(1.0, 0.0, 0), (0, 1, 1): Value(0.8, 0.0, 50)}
+    curve = charts.Curve("a", {"count": count}, (("s", ("x",)),), 0)
+    chart = charts.counted("ends", [curve], label="same answers", counts="blocks left out")
+    ends = [said.split("<br>")[-1] for said in chart["series"][0]["hover"]]
+    assert ends == ["a", "a, 50 examples", ""]
+
+
 def test_a_logarithmic_axis_of_tiny_percentages_has_no_range_from_below_zero() -> None:
     table = {"step": {(0, i, 1): Value(mean, 0.0, 5) for i, mean in enumerate((4e-4, 1e-5, 1e-5))}}
     curve = charts.Curve("a", table, (("s", ("x", "y", "z")),), 0)

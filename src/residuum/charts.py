@@ -312,7 +312,8 @@ def _head(curve: Curve, where: Place, state: bool) -> str:
 
 def _hover(curve: Curve, value: Value, unit: str) -> str:
     show = percent if unit == "%" else number
-    return f"<br>{amount(value, show)}<br>{literal(curve.name, 34)}, {value.count} examples"
+    over = f", {value.count} examples" if value.count else ""  # what is so by definition is over none
+    return f"<br>{amount(value, show)}<br>{literal(curve.name, 34)}{over}"
 
 
 def amount(value: Value, show: Callable[[float], str]) -> str:
