@@ -13,6 +13,7 @@ from residuum.experiments import study
 from residuum.experiments.p0_figures import _strengths
 from residuum.experiments.p0_runs import (
     COUPLED,
+    FAST,
     FREE,
     SCALES,
     SETS,
@@ -202,12 +203,13 @@ def test_the_scale_of_the_paper_has_the_grids_of_the_specification() -> None:
     assert (0, *at.between, 1) == (0, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
     assert at.sizes["mnist"] == (500, 1000, 2500, 5000, 10_000, 25_000)
     assert {run_of("paper", data, FREE, 0).training.lr for data in SETS} == {0.1}
-    assert {run.training.lr for run in STUDY.jobs} == {0.05, 0.1}
+    assert {run.training.lr for run in STUDY.jobs} == {0.05, 0.1, 3 * 0.05, 3 * 0.1}
     assert STUDY.jobs[0].key == "29f96467e0e5a13d"  # of a run that has been published
     cells = {cell: {} for cell in cells_of("paper", "mnist")}
-    *between, summed, one, unequal = _strengths({"mnist": cells})
+    *between, summed, fast, one, unequal = _strengths({"mnist": cells})
     assert between == ["0", "0.25", "0.5", "0.75", "0.9", "0.99", "1"]
-    assert (summed, one, unequal) == ("1, sum", "1, all", "0, unequal")
+    assert (summed, fast, one, unequal) == ("1, sum", "0, fast", "1, all", "0, unequal")
+    assert run_of("paper", "mnist", FAST, 0).training.lr == 5 * 0.1  # the step of five gradients that are summed
 
 
 def test_the_figure_of_subsets_has_all_images_at_their_number() -> None:

@@ -9,6 +9,7 @@ from residuum.experiments.p0_runs import (
     BOUND,
     CLIPPED,
     COUPLED,
+    FAST,
     FIRST,
     FREE,
     GROUP,
@@ -55,8 +56,9 @@ ORDINARY = "ordinary networks, whose blocks start independent"
 STARTS = "Those of strength 1 start from equal blocks, so that the start differs, too."
 SLOWER = (
     "Coupled gradients are means: equal blocks learn as if shared at a third of the rate, in as many steps. The "
-    "difference can be one of speed; see p0-mnist-4-sum, where gradients are summed."
+    "difference can be one of speed; see p0-mnist-4-sum and p0-clutter3-4-sum, where gradients are summed."
 )
+FASTER = "The rate is higher for all weights, the step of the sum for those of blocks alone."
 EQUAL = (
     "Blocks start equal, so that the coupling is the only difference to strength 1, and stay alike; with independent "
     "starts, as an ordinary network has: {}."
@@ -169,21 +171,23 @@ def _coupled(scale: str, data: str) -> list[Claim]:
     ]
 
 
-def _beside(data: str, coupled: Seeds, other: Seeds, who: str, end: str, limits: str) -> list[Claim]:
+def _beside(
+    data: str, coupled: Seeds, other: Seeds, who: str, end: str, limits: str, one: str = "strength 1"
+) -> list[Claim]:
     """Strength 1 beside networks that are not coupled."""
     up, convergent = ((coupled, other),), f"{INTRODUCTION}: recurrent networks are more convergent"
     rows: tuple[tuple[str, str, str, str, Test], ...] = (
         ("2-recurrence", f"{ABSTRACT}: recurrence regularisation",
-         f"strength 1 makes blocks more interchangeable than {who}", "recurrence index higher",
+         f"{one} makes blocks more interchangeable than {who}", "recurrence index higher",
          partial(index_rises, pairs=up, index="recurrence")),
-        ("3-convergence", convergent, f"strength 1 makes networks settle earlier than {who}",
+        ("3-convergence", convergent, f"{one} makes networks settle earlier than {who}",
          "convergence index higher", partial(index_rises, pairs=up, index="convergence")),
-        ("3-divergence", convergent, f"strength 1 makes networks more stable under further steps than {who}",
+        ("3-divergence", convergent, f"{one} makes networks more stable under further steps than {who}",
          "divergence index lower", partial(index_falls, pairs=up, index="divergence")),
         ("4-accuracy", f"{ABSTRACT}: recurrence does not improve accuracy",
-         f"strength 1 is not more accurate than {who}", f"gain: {POINTS}", partial(no_gain, pairs=up)),
+         f"{one} is not more accurate than {who}", f"gain: {POINTS}", partial(no_gain, pairs=up)),
         ("4-freedom", f"{INTRODUCTION}: unconstrained networks benefit from the freedom of non-recurrent blocks",
-         f"strength 1 is less accurate than {who}", "difference above 0", partial(gain, pairs=((other, coupled),))),
+         f"{one} is less accurate than {who}", "difference above 0", partial(gain, pairs=((other, coupled),))),
     )  # fmt: skip
     return [
         _claim(
@@ -193,7 +197,7 @@ def _beside(data: str, coupled: Seeds, other: Seeds, who: str, end: str, limits:
             known,
             test,
             runs=(other, coupled),
-            limits=" ".join(filter(None, (limits, SLOWER if name.startswith("4") else ""))),
+            limits=" ".join(filter(None, (limits, SLOWER if name.startswith("4") and one == "strength 1" else ""))),
         )
         for name, source, text, known, test in rows
     ]
@@ -250,7 +254,7 @@ def _with_limit(data: str, limit: str, end: str, bare: list[Seeds], bound: list[
 
 def _along_strengths(scale: str, data: str) -> list[Claim]:
     """Whether what strength 1 does comes gradually, and whether it only learns more slowly."""
-    free, summed = of_cell(scale, data, FREE), of_cell(scale, data, SUMMED)
+    free, summed, fast = (of_cell(scale, data, cell) for cell in (FREE, SUMMED, FAST))
     cells = [of_cell(scale, data, cell) for cell in (FREE, *map(Cell, SCALES[scale].between), COUPLED)]
     known, stronger = "rank correlation with the strength above 0, mean over seeds", "the stronger the coupling"
     rows = (
@@ -291,6 +295,7 @@ def _along_strengths(scale: str, data: str) -> list[Claim]:
             runs=(summed, free),
             limits="The sum has three times the step of the mean, and the same weight decay.",
         ),
+        *_beside(data, summed, fast, "strength 0 at the rate of that step", "-fast", FASTER, "strength 1, summed,"),
     ]
 
 

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 Table = Mapping[Cell, Seeds]  # the networks of one data set
-KINDS = "sum: with summed gradients; all: one recurrent block; unequal: blocks that start independent, others equal."
+KINDS = (
+    "sum: with summed gradients; fast: at the rate of their step; all: one recurrent block; unequal: blocks that start "
+    "independent, others equal."
+)
 BARS = "Means over seeds; bars: their standard deviation, where there are several."
 ALONG = "coupling strength"
 # number of the line's style by what is bounded
@@ -269,7 +272,7 @@ def _grid(count: int) -> tuple["Canvas", list["Axes"]]:
 def _strengths(tables: Mapping[str, Table]) -> list[str]:
     """The places on the axis of strengths: those between 0 and 1, then other kinds of coupling."""
     cells = {cell for table in tables.values() for cell in table}
-    order = sorted(cells, key=lambda c: (c.alike < 1, c.couple == "all", c.reduce == "sum", c.strength))
+    order = sorted(cells, key=lambda c: (c.alike < 1, c.couple == "all", c.fast, c.reduce == "sum", c.strength))
     return list(dict.fromkeys(cell.coupled for cell in order))
 
 

@@ -44,6 +44,7 @@ class Cell:
         norm: Norm inside the blocks.
         reduce: Of the coupling: "mean", or "sum" for gradients as large as those of shared weights.
         alike: How alike the blocks of a section start: 1 equal, so that only the coupling differs, 0 independent.
+        fast: As many times the learning rate as a section has blocks: the step of summed gradients.
     """
 
     strength: float = 0.0
@@ -53,11 +54,13 @@ class Cell:
     norm: str = "batch"
     reduce: str = "mean"
     alike: float = 1.0
+    fast: bool = False
 
     @property
     def coupled(self) -> str:
         """The strength in words."""
-        kinds = {"all": self.couple == "all", "sum": self.reduce == "sum", "unequal": self.alike < 1}
+        kinds = {"all": self.couple == "all", "sum": self.reduce == "sum"}
+        kinds |= {"fast": self.fast, "unequal": self.alike < 1}
         return ", ".join((f"{self.strength:g}", *(name for name, given in kinds.items() if given)))
 
 
@@ -70,7 +73,7 @@ ENDS = (FREE, COUPLED, *LIMITED)
 RECURRENT = tuple(Cell(1.0, bound, couple="all") for bound in (None, BOUND))
 GROUP = (Cell(0.0, norm="group"), Cell(1.0, couple="all", norm="group"))
 # Strength 1 with the mean is weight sharing at a third of the learning rate (three blocks), and may just learn slower.
-SUMMED = Cell(1.0, reduce="sum")
+SUMMED, FAST = Cell(1.0, reduce="sum"), Cell(fast=True)
 CLIPPED = tuple(Cell(strength, BOUND, clipped=True) for strength in (0.0, 1.0))
 UNEQUAL = Cell(alike=0.0)  # as ordinary residual networks start
 FIRST = ("mnist", "clutter3", "cifar10")  # data sets that come first, and on which networks also start unequal
@@ -243,10 +246,11 @@ def run_of(
         at.blocks, at.widths, channels=channels, classes=classes, norm=cell.norm, alike=cell.alike, limit=limit
     )
     epochs = max(1, round(at.updates[data] / -(-count // at.batch)))
+    rate = 0.1 if SETS[data].startswith("Digitclutter") else at.lr
     training = TrainConfig(
         epochs=epochs,
         batch=at.batch,
-        lr=0.1 if SETS[data].startswith("Digitclutter") else at.lr,
+        lr=rate * at.blocks[0] if cell.fast else rate,
         # Strength 0 is ordinary training; given as a coupling, it says what sharing is left.
         coupling=Coupling(cell.strength, cell.couple, cell.reduce),
         augment="crop_flip" if scale == "paper" and images.name in ("cifar10", "cifar100") else "none",
@@ -275,7 +279,7 @@ def cells_of(scale: str, data: str) -> tuple[Cell, ...]:
     found = [cell for cell in ENDS if cell.bound is None or data not in at.free_only]
     found += [UNEQUAL] * (data in FIRST)
     if data in at.strengths:
-        found += [SUMMED, *map(Cell, at.between)]
+        found += [SUMMED, FAST, *map(Cell, at.between)]
     if data in at.limits:
         found += [*RECURRENT, *GROUP, *CLIPPED, *(Cell(strength, BOUND) for strength in at.between)]
         found += [replace(cell, bound=bound) for bound in at.bounds for cell in LIMITED]
@@ -306,7 +310,7 @@ def by_worth(scale: str) -> tuple[Run, ...]:
         *map(ends, FIRST),
         [shuffled_of(scale, data) for data in FIRST],
         *(ordered(data, [UNEQUAL]) for data in FIRST),
-        [run for data in at.strengths for run in ordered(data, [SUMMED])],
+        [run for data in at.strengths for run in ordered(data, [SUMMED, FAST])],
         sizes("mnist"),
         ordered("mnist", cells_of(scale, "mnist")),
         *([*ends(data), shuffled_of(scale, data)] for data in later),
