@@ -155,7 +155,8 @@ def _common_legend(figure: "Canvas") -> None:
 
 
 def _ticks(axes: "Axes", names: Sequence[str], *, turned: bool = False) -> None:
-    axes.set_xticks(range(len(names)), names, **({"rotation": 35, "ha": "right"} if turned else {}))
+    words = {"rotation": 35, "ha": "right"} if turned else {"fontsize": "small" if len(names) > 8 else "medium"}
+    axes.set_xticks(range(len(names)), names, **words)
     axes.set_xlim(-0.4, len(names) - 0.6)
 
 
