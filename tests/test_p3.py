@@ -428,7 +428,7 @@ def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
         "problem": "spirals", "theta": 0.25, "depth": 4, "time": 2.0, "width": 3, "activation": "tanh", "epochs": 7,
         "batch": 9, "optimiser": "adam", "rates": (0.5, 0.1), "seeds": (3,), "variation": 0.1,
         "param_grad": "truncated", "form": "midpoint", "solver": "picard", "tol": 1e-5, "every": 2,
-        "limits": (-3.0, -1.0), "decay": 0.1, "bound": 2.0, "divergence": 0.5, "jacobian": 0.2, "levels": 2,
+        "limits": (-3.0, -1.0), "decay": 0.1, "bound": 2.0, "divergence": 0.5, "jacobian": 0.2, "levels": 2, "draws": 3,
     }  # fmt: skip
     assert changed.keys() == {field.name for field in fields(Example)}
     base = replace(PAPER["sine"], solver="anderson")
@@ -451,7 +451,8 @@ def test_descriptions_come_back_and_keys_tell_settings_apart() -> None:
         ({"optimiser": "lbfgs"}, "unknown optimiser 'lbfgs'"),
         ({"solver": "newtn"}, "unknown solver 'newtn'; did you mean 'newton'"),
         ({"theta": 2.0}, "theta is 2.0"),
-        ({"depth": 0}, "depth 0"),
+        ({"depth": 0}, "'depth': 0"),
+        ({"draws": 0}, "'draws': 0"),
         ({"every": 3}, "every a divisor of depth"),
         ({"rates": ()}, "rates \\(\\)"),
         ({"variation": -1.0}, "variation is -1.0"),

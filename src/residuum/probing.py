@@ -404,7 +404,7 @@ def _about_rounding(found: Profile, dtype: torch.dtype) -> str:
 
 
 def _about_underflow(found: Profile, dtype: torch.dtype) -> str:
-    """How many examples have gradients that float16 has no numbers for, as of certain answers; "" if none."""
+    """How many examples have gradients that float16 has no numbers for, as behind tiny weights; "" if none."""
     norms = [measure.values for name, measure in found.measures.items() if "gradient_norm" in name]
     if not norms or dtype != torch.float16:
         return ""
