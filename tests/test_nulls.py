@@ -84,6 +84,19 @@ def test_modes_and_momenta_come_back_when_the_data_fail() -> None:
     assert model.norm.momentum == 0.3
 
 
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [([(torch.randn(4, 3), None), (torch.randn(1, 3), None)], "more than 1 value"), ([], "no batches given")],
+)
+def test_statistics_are_as_they_were_when_calibrating_fails(batches: list, error: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model(torch.randn(8, 3))
+    was = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=error):
+        calibrate_(model, batches)
+    assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
+
+
 def test_networks_without_batch_norm_need_no_data() -> None:
     assert calibrate_(nn.Linear(2, 2), []) == 0
     with pytest.raises(ValueError, match="no batches given"):

@@ -297,6 +297,15 @@ def test_nothing_to_measure_is_refused(model: nn.Module, data: tuple[Tensor, Ten
         merge([])
 
 
+def test_a_passive_probe_given_as_a_probe_is_told_what_to_do(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    def jump(step, previous):
+        return {"jump": step.update.flatten(1).amax(1)}
+
+    with pytest.raises(TypeError, match=r"jump asks for 'update', .* a passive probe, measured by passive\(jump\)"):
+        profile(model, [data], [jump])
+    assert "jump" in profile(model, [data], [passive(jump)]).measures
+
+
 def test_targets_that_do_not_belong_to_the_batch_are_refused(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"batch 0 has 9 examples, but its target has shape \(3,\)"):
         profile(model, [(data[0], data[1][:3])], PROBES)

@@ -41,6 +41,8 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
     Raises:
         ValueError: If there are statistics to set and no batches.
         NoNullModel: If an InstanceNorm has running statistics.
+        Exception: Whatever the network raises, such as batch norm for a batch of one vector. Statistics are then as
+            they were.
 
     Source: ours. Fresh statistics are 0 and 1, so that batch norm would do nothing in eval mode and the states of deep
     networks would explode; the papers do not say how they measure at initialisation.
@@ -52,13 +54,19 @@ def calibrate_(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]]) -
         return 0
     clipped = any(parametrize.is_parametrized(module) for module in norms)
     given = list(batches) if clipped else batches
-    for _ in norms if clipped else (None,):
-        before = [module.running_var.clone() for module in norms]
-        used = _pass(model, norms, given)
-        if not used:
-            raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
-        if all(torch.allclose(m.running_var, var, rtol=1e-4, atol=0) for m, var in zip(norms, before, strict=True)):
-            break
+    statistics = [(b, b.clone()) for m in norms for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
+    try:
+        for _ in norms if clipped else (None,):
+            before = [module.running_var.clone() for module in norms]
+            used = _pass(model, norms, given)
+            if not used:
+                raise ValueError("calibrate_: no batches given, and the network has batch-norm statistics to set")
+            if all(torch.allclose(m.running_var, v, rtol=1e-4, atol=0) for m, v in zip(norms, before, strict=True)):
+                break
+    except BaseException:
+        for buffer, was in statistics:
+            buffer.copy_(was)
+        raise
     return used
 
 

@@ -310,7 +310,7 @@ def _measure_batch(
         try:
             new = probe(stream, target)
         except Exception as error:  # of the probe, or whatever a network of the user says to a changed state
-            lose(probe, error)
+            lose(probe, _of_steps(probe, error) if getattr(error, "obj", None) is stream else error)
             continue
         for name, given in new.items():
             if name in measures:
@@ -321,6 +321,15 @@ def _measure_batch(
                 )
         measures |= new
     return Profile(examples, measures, tuple(s.name for s in stream.sections), stream.lengths, _remarks(measures))
+
+
+def _of_steps(probe: Probe, error: AttributeError) -> TypeError:
+    """The error of a probe that asks a stream for what a step has."""
+    name = getattr(probe, "__name__", repr(probe))
+    said = (
+        f"profile: {name} asks for {error.name!r}, which a stream does not have; a function of steps is a passive probe"
+    )
+    return TypeError(f"{said}, measured by passive({name})")
 
 
 def _remarks(measures: Mapping[str, Measure]) -> dict[str, str]:

@@ -10,9 +10,10 @@ def balanced_subset(
 ) -> Int64[Tensor, " chosen"]:
     """Examples of which every class has equally many, drawn so that smaller subsets lie in larger ones.
 
-    All examples are put in one order: the first drawn of every class, then the second of every class, and so on, each
-    round in random order. A subset is the beginning of that order. So the numbers per class differ by at most 1, until
-    a class has no examples left; from there on the others go on without it.
+    All examples are shuffled and put in one order: the first of every class, then the second of every class, and so on,
+    each round as shuffled (so the first of a frequent class tends to come early). A subset is the beginning of that
+    order. So the numbers per class differ by at most 1, until a class has no examples left; from there on the others go
+    on without it.
 
     Several classes per example: examples with exactly the same set of classes are a class of their own. With m of ten
     digits in every image, as in P0's Digitclutter, this balances the digits, too.
