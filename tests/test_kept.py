@@ -283,6 +283,8 @@ def test_published_verdicts_are_those_of_the_kept_runs(tmp_path: Path) -> None:
             found = judge(claim, results)
             if found.verdict != NOT_RUN:
                 said = published[claim.id]
-                assert (found.verdict, found.obtained) == (said["verdict"], said["obtained"]), claim.id
-                checked += bool(claim.jobs)
+                assert found.verdict == said["verdict"], claim.id
+                if claim.jobs:  # what is computed here and now ends in digits of this processor
+                    assert found.obtained == said["obtained"], claim.id
+                    checked += 1
     assert checked or not names
