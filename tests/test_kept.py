@@ -12,8 +12,12 @@ import torch
 
 from datafiles import write_npz
 from residuum import experiments
-from residuum.claims import NOT_RUN, judge
+from residuum.claims import NOT_RUN, at_most, judge
 from residuum.cli import main
+from residuum.effects import mean_over
+from residuum.experiments.p0 import UNTRAINED
+from residuum.experiments.p0_runs import FREE, SETS, of_cell
+from residuum.experiments.p0_verdicts import AWAY
 from residuum.experiments.p3_runs import PAPER
 from residuum.files import stored
 from residuum.kept import keep, rounded, unpack
@@ -288,3 +292,17 @@ def test_published_verdicts_are_those_of_the_kept_runs(tmp_path: Path) -> None:
                     assert found.obtained == said["obtained"], claim.id
                     checked += 1
     assert checked or not names
+
+
+def test_what_claims_say_of_untrained_networks_is_what_was_kept() -> None:
+    kept, found = ROOT / "docs" / "results" / "runs" / "p0", []
+    for data in SETS:
+        runs = [zipfile.ZipFile(kept / f"{run.key}.zip") for run in of_cell("small", data, FREE).values()]
+        indices = [json.loads(run.read("indices.json"))["initial_convergence_by_agreement"] for run in runs]
+        recurrence = mean_over([index["recurrence"]["network"]["value"] for index in indices])
+        found.append((recurrence.value, at_most(recurrence, 1 - AWAY).verdict))
+    least, most = min(found)[0], max(found)[0]
+    passed = sum(verdict == "pass" for _, verdict in found)
+    assert (f"{least:.2f} to {most:.2f}", passed, len(found)) == ("0.82 to 0.95", 2, 8)
+    assert "0.82 to 0.95" in UNTRAINED
+    assert "two of eight data sets pass" in UNTRAINED
