@@ -81,6 +81,38 @@ def test_values_that_change_the_path_are_refused() -> None:
         stream.run()
 
 
+def test_numbers_that_come_from_parameters_are_seen() -> None:
+    class Stepped(Sides):
+        class Cell(Sides.Cell):
+            def forward(self, h: Tensor, dt: float) -> Tensor:
+                return h + dt * torch.tanh(self.inner(h))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dt = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for cell in self.cells:
+                x = cell(x, self.dt.item())
+            return self.head(x)
+
+    model, x = Stepped().eval(), torch.randn(4, 5)
+    stream = cut(model, x)
+    with torch.no_grad():
+        model.dt.mul_(3.0)
+        assert torch.equal(stream.run().output, model(x))
+
+
+def test_other_memory_of_parameters_is_seen_and_that_they_thaw() -> None:
+    model, x = Sides().eval().requires_grad_(False), torch.randn(4, 5)
+    stream = cut(model, x)
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(model.parameters()), model.parameters())
+    assert torch.equal(stream.run().output, model(x))
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="carries gradient of parameters that are used outside the blocks"):
+        stream.run()
+
+
 def test_of_compiled_models_and_parts_the_stream_is_what_they_were_compiled_from() -> None:
     model, x = Sides().eval(), torch.randn(4, 5)
     own = ResNet(ResNetConfig(blocks=(2,), widths=(4,))).eval()

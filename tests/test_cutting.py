@@ -191,8 +191,8 @@ def test_many_batches_are_recorded_with_one_proof() -> None:
         for stream, part in zip(cut_all(model, x.split(2)), x.split(2), strict=True):
             calls["stream"] += 1
             assert torch.equal(stream.run().output, model(part))
-    # First batch: observe, record, prove; every batch: record once, run once, and the model itself once.
-    assert calls["head"] == 2 + 3 * 3
+    # First batch: observe, record, prove. Later ones: record, prove the output. All: run once, and the model itself.
+    assert calls["head"] == 3 + 2 * 2 + 3 * 2
 
 
 def test_the_states_of_the_proof_are_let_go() -> None:

@@ -213,6 +213,116 @@ class InferenceOnly(Net):
         return super().forward(x)
 
 
+class MasksItsAnswers(Net):
+    """One answer is never allowed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.tensor([False, False, True]), -1e9)
+
+
+class HidesASkipBehindAMask(Net):
+    """Beside an answer of -1e9 every other is a rounding error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = first = self.cells[0](self.embed(x))
+        for cell in self.cells[1:]:
+            h = cell(h)
+        return self.head(h + 3 * first.detach()).masked_fill(torch.tensor([False, False, True]), -1e9)
+
+
+class HidesASkipBehindNumbers(Net):
+    """Its first output is the class, which says little and has no gradient."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = first = self.cells[0](self.embed(x))
+        for cell in self.cells[1:]:
+            h = cell(h)
+        logits = self.head(h + first)
+        return logits.argmax(-1), logits
+
+
+class AddsTheFirstState(Net):
+    """A skip from the first block's input to the head, as in networks for images of higher resolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = first = self.embed(x)
+        for cell in self.cells:
+            h = cell(h)
+        return self.head(h + 3 * first)
+
+
+class Turned(torch.autograd.Function):
+    """The identity, whose gradient is turned around."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class TurnsGradients(Net):
+    """Adversarial training: what comes after pulls against what is before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cells[1](self.cells[0](self.embed(x)))
+        return self.head(self.cells[2](Turned.apply(h)))
+
+
+class Casts(Net):
+    """Its blocks, and nothing else, work in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for cell in self.cells:
+                h = cell(h)
+        return self.head(h)
+
+
+class StartsFromZero(Net):
+    """The first state is 0, so what the first block gives is what it adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = 0 * self.embed(x)
+        for cell in self.cells:
+            h = cell(h).clamp(-20, 20)
+        return self.head(h)
+
+
+class Swallows(Net):
+    """Goes on whatever happens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for cell in self.cells:
+            try:
+                h = cell(1.0 * h)
+            except Exception:
+                h = 0 * h
+        return self.head(h)
+
+
+class ChangesItsInput(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return super().forward(x)
+
+
+class Counts(Net):
+    """Counts in a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
 def honest(model: nn.Module, stream: Stream, x: Tensor) -> None:
     """The stream from a changed first state, without its second block, and its gradients are those of the model."""
     cells = model.cells
@@ -242,6 +352,11 @@ REFUSED = {
     SharesADict: "after a changed first state",
     SharesAGlobal: "after a changed first state",
     SharesAList: 'the output comes also from what block "cells.0" gave',
+    HidesASkipBehindAMask: "after a changed first state the output differs",
+    HidesASkipBehindNumbers: 'the output comes also from what block "cells.0" gave',
+    AddsTheFirstState: "the output comes also from the first state",
+    ChangesItsInput: "changes its input in place",
+    Counts: '"calls" was changed by a forward of a copy of the model: a parameter that counts',
     ZeroGatedSkip: 'the output comes also from what block "cells.0" gave',
     AddsOutside: "comes also from the first state",
     ChangesDataInBlocks: "differs",
@@ -253,17 +368,36 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
-def test_refuses(kind: type[nn.Module]) -> None:
-    model = kind().eval()
+def test_refuses(kind: type[nn.Module], frozen: bool) -> None:
+    model, x = kind().eval().requires_grad_(not frozen), torch.randn(5, 4)
+    given = x.clone()
     with pytest.raises(ValueError, match=REFUSED[kind]):
-        cut(model, torch.randn(5, 4), ("f",) if kind is AddsOutside else None)
+        cut(model, x, ("f",) if kind is AddsOutside else None)
+    assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize("kind", [Net, ClampsBetween, MixesTheFirstState], ids=lambda kind: kind.__name__)
+CUT = [Net, ClampsBetween, MixesTheFirstState, MasksItsAnswers, TurnsGradients, Casts, StartsFromZero, Swallows]
+
+
+@pytest.mark.parametrize("kind", CUT, ids=lambda kind: kind.__name__)
 def test_cuts_rightly(kind: type[nn.Module]) -> None:
     model, x = kind().eval(), torch.randn(5, 4)
-    honest(model, cut(model, x), x)
+    stream = cut(model, x)
+    honest(model, stream, x)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(cut(model, x).run().output, model(x))
+
+
+def test_what_holds_blocks_must_have_no_hook_on_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(Cell(), Cell()), nn.Linear(6, 3)).eval()
+    handle = model[1].register_full_backward_hook(lambda module, given, got: tuple(0.1 * g for g in given))
+    with pytest.raises(ValueError, match='"1", which holds blocks, has a backward hook'):
+        cut(model, torch.randn(5, 4))
+    handle.remove()
+    assert cut(model, torch.randn(5, 4)).lengths == (2,)
 
 
 def test_later_batches_are_checked_too() -> None:
@@ -278,6 +412,64 @@ def test_later_batches_are_checked_too() -> None:
     next(streams)
     with pytest.raises(ValueError, match="the output comes also from what block"):
         next(streams)
+
+
+def test_the_output_of_later_batches_is_checked_by_value() -> None:
+    class Late(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = first = self.cells[0](self.embed(x))
+            for cell in self.cells[1:]:
+                h = cell(h)
+            return self.head(h + first.detach() if x.max() > 50 else h)
+
+    streams = cut_all(Late().eval(), [torch.randn(5, 4), 100 + torch.randn(5, 4)])
+    next(streams)
+    with pytest.raises(ValueError, match="the stream is not the model: on a later batch the output differs"):
+        next(streams)
+
+
+def test_what_later_batches_change_in_place_is_run_again() -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            aside, h = self.side(x), self.embed(x)
+            for cell in self.cells:
+                h = cell(h)
+            if x.max() > 50:
+                aside += 1
+            return self.head(h + aside)
+
+    model = Late().eval().requires_grad_(False)
+    inputs = [torch.randn(5, 4), 100 + torch.randn(5, 4)]
+    for stream, x in zip(cut_all(model, inputs), inputs, strict=True):
+        for _ in range(2):
+            assert torch.equal(stream.run().output, model(x))
+
+
+def test_streams_can_be_used_by_turns_where_blocks_keep_what_is_of_a_batch() -> None:
+    class Reads(Cell):
+        def forward(self, h: Tensor) -> Tensor:
+            return h + torch.tanh(self.inner(h) + self.side)
+
+    class Writes(Net):
+        kind = Reads
+
+        def forward(self, x: Tensor) -> Tensor:
+            for cell in self.cells:
+                cell.side = x.mean(1, keepdim=True)
+            return super().forward(x)
+
+    model, inputs = Writes().eval(), [torch.randn(5, 4), torch.randn(3, 4)]
+    streams = list(cut_all(model, inputs))
+    with torch.no_grad():
+        for _ in range(2):
+            for stream, x in zip(streams, inputs, strict=True):
+                assert torch.equal(stream.run().output, model(x))
+                states = stream.run().states[0]
+                assert torch.equal(stream.sections[0].blocks[1](states[1]), states[2])
 
 
 def test_modules_outside_follow_their_parameters_and_inputs() -> None:
@@ -317,10 +509,15 @@ def test_masks_given_by_position_are_seen() -> None:
 
 def test_a_class_with_another_cut_is_cut_from_outside() -> None:
     class Cutter(Net):
-        def cut(self, x: Tensor) -> Tensor:
-            return x[:, :1]
+        whole = True
 
-    assert cut(Cutter().eval(), torch.randn(5, 4)).lengths == (3,)
+        def cut(self, layers):
+            self.whole = False
+            return layers + "no tensor"
+
+    model = Cutter().eval()
+    assert cut(model, torch.randn(5, 4)).lengths == (3,)
+    assert model.whole
 
 
 def test_a_stream_of_its_own_is_checked() -> None:
@@ -435,3 +632,101 @@ def test_sections_of_a_user_need_names_of_their_own() -> None:
 
     with pytest.raises(ValueError, match=r"Twice.cut names its sections \['cells', 'cells'\]; give each a name of"):
         cut(Twice().eval(), torch.randn(2, 6))
+
+
+def test_what_a_model_keeps_and_its_classes_are_not_touched() -> None:
+    class Watched(nn.Module):
+        seen: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, *, tag: str) -> None:
+            cls.seen.append(tag)
+
+    class Tagged(Watched, tag="mine"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + torch.tanh(self.inner(h))
+
+    class Prototypes(Net):
+        kind = Tagged
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.prototypes.mul_(0.5)
+            return super().forward(x)
+
+    model, x = Prototypes().eval(), torch.randn(5, 4)
+    model.prototypes = 2 * model.head.weight
+    kept = model.prototypes.clone()
+    assert cut(model, x).lengths == (3,)
+    assert torch.equal(model.prototypes, kept)
+    assert Watched.seen == ["mine"]
+
+
+def test_a_forward_that_holds_the_model_itself_is_refused_where_it_changes_it() -> None:
+    class Counting(Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(h)
+
+    class Counted(Net):
+        kind = Counting
+
+    model, x = Counted().eval(), torch.randn(5, 4)
+    assert cut(model, x).lengths == (3,)  # the copy counts
+    old = model.cells[1].forward
+    model.cells[1].forward = lambda h: 0.5 * old(h)
+    with pytest.raises(ValueError, match=r'"cells\.1\.calls" was changed by a forward of a copy .*make it a method'):
+        cut(model, x)
+
+
+def test_a_module_at_several_places_can_be_named_at_each() -> None:
+    model, x = Net(), torch.randn(5, 4)
+    model.cells = nn.ModuleList([model.cells[0]] * 3)
+    model.eval()
+    for names in (("cells.*",), ("cells.0", "cells.1")):
+        assert cut(model, x, names).lengths == (3,)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_that_a_transformer_cuts_off_is_refused_in_words() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+
+    class Text(nn.Module):
+        def __init__(self, *, nested: bool) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=padding).mean(1)
+
+    batch = (torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]]))
+    model = Text(nested=True).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"gets a nested tensor, .* enable_nested_tensor=False"):
+        cut(model, batch, ("encoder.layers.*",))
+    assert cut(Text(nested=False).eval(), batch, ("encoder.layers.*",)).lengths == (2,)
+
+
+def test_examples_must_lie_along_dimension_0_in_every_section() -> None:
+    class Turns(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.cells[1](self.cells[0](self.embed(x)))
+            return self.head(self.cells[2](h.transpose(0, 1)))
+
+    with pytest.raises(ValueError, match=r"has 5 examples along dimension 0, but the states have shape \(7, 5"):
+        cut(Turns().eval(), torch.randn(5, 7, 4))
+
+
+def test_an_output_without_a_tensor_is_refused_in_words() -> None:
+    class Words(Net):
+        def forward(self, x: Tensor) -> str:
+            super().forward(x)
+            return "three"
+
+    with pytest.raises(ValueError, match="the model returns str, in which no tensor is found; return a tensor, a"):
+        cut(Words().eval(), torch.randn(5, 4))

@@ -1,6 +1,6 @@
 """Calls of modules: where the state stands among a block's arguments and in what it returns; eval mode for a while."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,22 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str) -> 
 
 
 def state_of(output: Any) -> Tensor | None:
-    """The state that a block returns: its output, or the first tensor of it."""
-    return next((v for v in tree_flatten(output)[0] if isinstance(v, Tensor)), None)
+    """The state that a block returns: its output, or the first floating-point tensor of it, or its first tensor."""
+    leaves = tree_flatten(output)[0]
+    at = _state_at(leaves)
+    return None if at is None else leaves[at]
 
 
 def with_state(output: Any, h: Tensor) -> Any:
     """A block's output with another state in it."""
     leaves, form = tree_flatten(output)
-    at = next(i for i, v in enumerate(leaves) if isinstance(v, Tensor))
+    at = _state_at(leaves)
     return tree_unflatten([*leaves[:at], h, *leaves[at + 1 :]], form)
+
+
+def _state_at(leaves: Sequence[Any]) -> int | None:
+    tensors = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
+    return next((i for i in tensors if leaves[i].is_floating_point()), tensors[0] if tensors else None)
 
 
 def with_argument(
@@ -75,13 +82,17 @@ def counting(x: Any) -> Tensor | None:
 
 
 def output_of(output: Any) -> Tensor:
-    """The tensor that a model's output stands for: its logits where it names them, else its first tensor."""
+    """The tensor that a model's output stands for: its logits where it names them, else what `state_of` finds."""
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     found = logits if isinstance(logits, Tensor) else state_of(output)
     if found is None:
-        raise ValueError(f"cut: the model returns {type(output).__name__} without a tensor in it")
+        kind = type(output).__name__
+        raise ValueError(
+            f"cut: the model returns {kind}, in which no tensor is found; return a tensor, a tuple, a mapping, or an "
+            "object with `logits`"
+        )
     return found
 
 

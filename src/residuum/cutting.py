@@ -8,11 +8,12 @@ The work happens on a twin: a deep copy that shares the parameters and has buffe
 3. *prove*: run each part of the stream made from that recording on the states of 1, from the last part to the first,
    and compare. A value that goes another way than the state is then still that of h + d, so it is found.
 
-Later batches are recorded only, with the check of the gradient graph.
+Later batches are recorded from their true first state, with the check of the gradient graph, and their readout is run
+on the last state.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -33,15 +34,16 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, to
 def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream:
     """A model on one batch as a stream: sections of residual blocks, their entries, the readout.
 
-    Networks that define `cut(x)` themselves (ours do) are asked, and checked. In any other model calls are recorded and
-    the blocks are found: candidates are classes outside `torch.nn` with parameters and at least two calls that keep the
-    shape of their state; of those that hold at least half of the most parameters the outermost wins. Sections are runs
-    of shape-keeping calls in which each block gets what the previous one gave; shape-changing blocks become part of
-    the entry of the next section. The cut is then proved on a changed first state.
+    Networks that define `cut(x) -> Stream` themselves, annotated so (ours are), are asked, and checked. In any other
+    model calls are recorded and the blocks are found: candidates are classes outside `torch.nn` with parameters and at
+    least two calls that keep the shape of their state; of those that hold at least half of the most parameters the
+    outermost wins. Sections are runs of shape-keeping calls in which each block gets what the previous one gave;
+    shape-changing blocks become part of the entry of the next section. The cut is then proved on a changed first state.
 
     The model is not touched: parameters are shared with a private copy, buffers, hooks and random state are not.
-    Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place are seen; the
-    first run after one records the batch once more, a forward. Where the model or a part of it is compiled, the stream
+    Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place, of their
+    memory and of `requires_grad` are seen, those through `parameter.data` are not; the first run after one records the
+    batch once more, a forward. Where the model or a part of it is compiled, the stream
     runs what it was compiled from.
 
     Args:
@@ -62,7 +64,10 @@ def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream
 
 
 def cut_all(model: nn.Module, inputs: Iterable[Any], blocks: Sequence[str] | None = None) -> Iterator[Stream]:
-    """Streams of many batches; the blocks are found and the cut is proved on the first, later ones are recorded only.
+    """Streams of many batches; blocks are found and proved on the first, of later ones the output is checked.
+
+    Using streams by turns is right and slow: the model keeps what it keeps (an attribute of a block) for one batch, so
+    going to another one records it anew, a forward.
 
     Args:
         model: Any module, in eval mode.
@@ -98,7 +103,7 @@ def cut_all(model: nn.Module, inputs: Iterable[Any], blocks: Sequence[str] | Non
             elif twin is None:
                 twin, stream = _found(model, x, blocks)
             else:
-                stream = _stream(twin, record(twin, x, changed=False), x)
+                stream = _recorded(twin, x, changed=False, differs=_answers_otherwise)
         yield stream
 
 
@@ -106,17 +111,22 @@ def _found(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[Twin
     """The twin and its first stream, proved; the states of the proof are let go."""
     copied, observed, output = find(model, x, blocks)
     twin = Twin(copied, {id(call.module): call.name for call in observed})
-    return twin, _proved(twin, x, observed, output_of(output))
+
+    def differs(recording: Recording, stream: Stream) -> str:
+        return _difference(stream, observed, output_of(output))
+
+    return twin, _recorded(twin, x, changed=True, differs=differs)
 
 
 def _own(model: nn.Module, x: Any, blocks: Sequence[str] | None, *, prove: bool) -> Stream | None:
     """The stream that the model's class makes itself; None if it makes none."""
     make = getattr(type(model), "cut", None)
-    if make is None or not isinstance(x, Tensor) or len(signature(make).parameters) != 2:
+    if not isinstance(x, Tensor) or not inspect.isfunction(make):
         return None
+    form = inspect.signature(make)
+    if len(form.parameters) != 2 or form.return_annotation not in (Stream, "Stream"):
+        return None  # `cut` can mean anything
     stream = make(model, x)
-    if not isinstance(stream, Stream):
-        return None
     if blocks is not None:
         raise ValueError(f"cut: {type(model).__name__} says itself what its blocks are; leave blocks out")
     names = [section.name for section in stream.sections]
@@ -146,7 +156,8 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
             runs.append([p])
     if not runs:
         raise ValueError("cut: which blocks run depends on the state, so the model is not one path of states")
-    _check_batch(state_of(calls[runs[0][0]].output).shape, x)
+    for run in runs:
+        _check_batch(state_of(calls[run[0]].output).shape, x)
     names = _section_names([[calls[p].name for p in run] for run in runs])
     sections = []
     for s, run in enumerate(runs):
@@ -160,11 +171,10 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
 
 def _block(recording: Recording, x: Any, p: int) -> Callable[[Tensor], Tensor]:
     call = recording.calls[p]
-    if not call.has_side_tensors:
-        return call
+    alone = all(value is None for value in (*call.args, *call.kwargs.values()))
 
     def block(h: Tensor) -> Tensor:
-        recording.renew(x)
+        recording.renew(x, arguments=not alone)
         return recording.calls[p](h)
 
     return block
@@ -190,23 +200,30 @@ def _readout(twin: Twin, recording: Recording, x: Any, last: int) -> Callable[[T
     return readout
 
 
-def _proved(twin: Twin, x: Any, observed: list[Seen], output: Tensor) -> Stream:
-    """A stream made from a changed first state, and found equal to the model on the true one."""
+def _recorded(twin: Twin, x: Any, *, changed: bool, differs: Callable[[Recording, Stream], str]) -> Stream:
+    """A stream of a batch, recorded from a changed first state or the true one, and found to be the model."""
     while True:
-        recording = record(twin, x, changed=True)
+        recording = record(twin, x, changed=changed)
         stream = _stream(twin, recording, x)
         versions = {key: _versions(kept.output) for key, kept in recording.finished.items()}
         try:
-            problem = _difference(stream, observed, output)
+            problem = differs(recording, stream)
         except Exception as error:  # of the model's own code, run where it does not expect it
             problem = f"a part fails ({type(error).__name__}: {error})"
-        changed = {key for key, kept in recording.finished.items() if _versions(kept.output) != versions[key]}
-        if not changed:
+        moved = {key for key, kept in recording.finished.items() if _versions(kept.output) != versions[key]}
+        if not moved:
             break
-        twin.unkept |= changed  # code between the modules changes these outputs in place: run them again in replays
+        twin.unkept |= moved  # code between the modules changes these outputs in place: run them again in replays
     if problem:
-        _refuse(stream, problem)
+        _refuse(stream, f"after a changed first state {problem}" if changed else f"on a later batch {problem}")
+    recording.end = recording.output = None
     return stream
+
+
+def _answers_otherwise(recording: Recording, stream: Stream) -> str:
+    """Whether the readout of the last state, as it was recorded, is what the model gave on that batch."""
+    with torch.no_grad():
+        return "" if _close(stream.readout(recording.end), recording.output) else "the output differs"
 
 
 def _difference(stream: Stream, observed: list[Seen], output: Tensor) -> str:
@@ -237,7 +254,7 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     if torch.equal(ours, theirs):  # the rule on processors, and fast
         return True
     tolerance = _TOLERANCE.get(theirs.dtype, 1e-5)
-    sizes = theirs.abs().nan_to_num(0, 0, 0).float()
+    sizes = theirs[ours != theirs].abs().nan_to_num(0, 0, 0).float()  # what is equal, as a mask's -1e9, is no scale
     half = theirs.dtype in (torch.float16, torch.bfloat16) and theirs.device.type == "cpu"
     scale = float(sizes.mean() if half else sizes.max())  # at 2 digits one large entry would let much pass
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -251,8 +268,8 @@ def _refuse(stream: Stream, problem: str) -> None:
             "towers?"
         )
     raise ValueError(
-        f"cut: the stream is not the model: after a changed first state {problem}. Something besides the state "
-        f"goes from earlier blocks to later ones, or the model is random in eval mode.{hint} Blocks tried: "
+        f"cut: the stream is not the model: {problem}. Something besides the state goes from earlier blocks to later "
+        f"ones, or the model is random in eval mode.{hint} Blocks tried: "
         f'"{stream.sections[0].blocks[0].name}" .. "{stream.sections[-1].blocks[-1].name}"; name others: {NAMING}'
     )
 
@@ -276,7 +293,7 @@ def _mask(model: nn.Module, x: Any) -> Tensor | None:
         ValueError: If a decoder has inputs of its own: which mask is that of the blocks' states is not known.
     """
     if isinstance(x, tuple | list):
-        x = dict(zip(signature(model.forward).parameters, x, strict=False))
+        x = dict(zip(inspect.signature(model.forward).parameters, x, strict=False))
     mask = x.get("attention_mask") if isinstance(x, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from residuum.calls import argument, call_model, state_of, state_slot
 
@@ -46,7 +47,8 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
             the most parameters the outermost wins.
 
     Raises:
-        ValueError: If no block is found or named, or if one changes a state in place.
+        ValueError: If no block is found or named, or if one changes a state in place; if the forward changes its input,
+            a parameter, or, past the copy, the model itself.
     """
     scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
@@ -56,7 +58,19 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
         watched = {n: m for n, m in copied.named_modules() if not _in_torch(m) and any(True for _ in m.parameters())}
     else:
         watched = _named(copied, blocks)
-    seen, output = _observe(copied, x, watched)
+    given = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, x)
+    users = {name: value._version for name, value in (*model.named_parameters(), *model.named_buffers())}
+    seen, output = _observe(copied, given, watched)
+    if any(value._version for value in tree_flatten(given)[0] if isinstance(value, Tensor)):
+        raise ValueError(
+            "cut: the model changes its input in place; use an operation that makes a new tensor (x = x - 1)"
+        )
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value._version != users[name]:
+            raise ValueError(
+                f'cut: "{name}" was changed by a forward of a copy of the model: a parameter that counts (make it a '
+                "buffer), or a forward that was replaced by a function which holds the model itself (make it a method)"
+            )
     chosen = seen if blocks is not None else _choose(copied, x, seen)
     chosen = [call for call in chosen if not any(outer in chosen for outer in call.around)]
     if not any(call.keeps for call in chosen):
@@ -82,7 +96,7 @@ def _twin_of(model: nn.Module) -> nn.Module:
         )
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     for module in model.modules():  # results kept on modules (old-style weight norm) cannot be deep-copied
-        memo |= {id(v): v.detach() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
+        memo |= {id(v): v.detach().clone() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -113,14 +127,16 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Modules whose names match; `*` stands for one part."""
     if isinstance(patterns, str):
         raise TypeError(f"blocks must be a sequence of names, got the string {patterns!r}; write ({patterns!r},)")
-    modules, found = dict(model.named_modules()), {}
+    modules, found = dict(model.named_modules(remove_duplicate=False)), {}
     for pattern in patterns:
         form = re.escape(pattern).replace(r"\*", r"[^.]+")
         matching = {n: m for n, m in modules.items() if re.fullmatch(form, n)}
         if not matching:
             near = get_close_matches(pattern, modules, 3) or list(modules)[1:6]
             raise ValueError(f"the block {pattern!r} is no module of {type(model).__name__}; near: {', '.join(near)}")
-        found |= matching
+        for name, module in matching.items():
+            if module not in found.values():  # it can have several names
+                found[name] = module
     return found
 
 
@@ -138,6 +154,11 @@ def _observe(model: nn.Module, x: Any, watched: Mapping[str, nn.Module]) -> tupl
         check(type(module))
         slot = state_slot(args, kwargs)
         h = None if slot is None else argument(args, kwargs, slot)
+        if h is not None and h.is_nested:
+            raise ValueError(
+                f'cut: "{name}" gets a nested tensor, whose examples have different shapes; give a batch without '
+                "padding, or build nn.TransformerEncoder with enable_nested_tensor=False"
+            )
         call = Seen(name, module, tuple(c for c, *_ in running), h)
         seen.append(call)
         running.append((call, h, 0 if h is None else _version(h)))

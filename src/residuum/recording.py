@@ -27,6 +27,7 @@ from residuum.calls import (
 )
 
 Core = Callable[..., Any]  # a gated module's own call, user hooks included
+Autocast = tuple[bool, torch.dtype]  # whether it is on, and to what it casts
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,19 @@ class Call:
     output: Any  # the first tensor of it is the state; only shapes matter where the call keeps the shape
     keeps: bool
     linked: bool  # got exactly what the call before it gave
-
-    @property
-    def has_side_tensors(self) -> bool:
-        """Whether it got tensors besides the state."""
-        return any(isinstance(value, Tensor) for value in tree_flatten((self.args, self.kwargs))[0])
+    autocast: Autocast | None  # that the model switches on around it
 
     def __call__(self, h: Tensor) -> Tensor:
         """Run the block alone on a state."""
         args, kwargs = with_argument(self.args, self.kwargs, self.slot, h)
-        return state_of(self.core(*args, **kwargs))
+        if self.autocast is None:
+            return state_of(self.core(*args, **kwargs))
+        enabled, dtype = self.autocast
+        with torch.autocast(h.device.type, dtype, enabled):
+            return state_of(self.core(*args, **kwargs))
 
 
-class Reached(Exception):  # noqa: N818 - not an error
+class Reached(BaseException):  # no error: models may catch theirs
     """Ends a replay where the next section begins; carries the state that its first block gets."""
 
     def __init__(self, state: Tensor) -> None:
@@ -72,7 +73,9 @@ class Twin:
         self.lock = RLock()
         self.unkept: set[tuple[str, int]] = set()  # calls outside the blocks whose outputs the model changes in place
         self.current: Recording | Replay | None = None
+        self.recordings = 0  # what modules keep on themselves is of the last one
         self.parameters = tuple(model.parameters())
+        _refuse_backward_hooks(model, block_names)
         for module, name, is_block in _gates(model, block_names):
             self._gate(module, name, is_block)
 
@@ -85,11 +88,13 @@ class Twin:
                 return plain.__call__(gate, *args, **kwargs)
             return (now.block if is_block else now.outside)(partial(plain.__call__, gate), name, args, kwargs)
 
-        module.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+        gated = type(plain.__name__, (nn.Module,), {"__call__": call, "__module__": plain.__module__})
+        gated.__bases__ = (plain,)  # afterwards, so that the user's __init_subclass__ does not see it
+        module.__class__ = gated
 
-    def versions(self) -> list[int]:
-        """Numbers that change when a parameter is changed in place."""
-        return [p._version for p in self.parameters]
+    def versions(self) -> list[tuple[int, int, bool]]:
+        """What changes when a parameter is changed in place, gets other memory, or is frozen."""
+        return [(p._version, p.data_ptr(), p.requires_grad) for p in self.parameters]
 
     def run(self, now: "Recording | Replay", x: Any) -> Any:
         """One forward under a pass."""
@@ -107,6 +112,17 @@ class Twin:
             return core(*args, **kwargs)
         finally:
             self.current = now
+
+
+def _refuse_backward_hooks(model: nn.Module, block_names: Mapping[int, str]) -> None:
+    """Hooks on what holds blocks see gradients that a run does not have there."""
+    for name, module in model.named_modules():
+        hooked = name and id(module) not in block_names and (module._backward_hooks or module._backward_pre_hooks)
+        if hooked and any(id(part) in block_names for part in module.modules()):
+            raise ValueError(
+                f'cut: "{name}", which holds blocks, has a backward hook, which a run of the blocks would not repeat: '
+                "its parameter gradients would not be the model's; remove it, or put it on a block"
+            )
 
 
 def _gates(model: nn.Module, block_names: Mapping[int, str]) -> list[tuple[nn.Module, str, bool]]:
@@ -140,7 +156,10 @@ class Recording:
 
     twin: Twin
     changed: bool  # run the first block on a changed state
-    versions: list[int]  # of the parameters
+    given: list[Any]  # the model's input
+    number: int  # of the recordings of this twin
+    versions: list[tuple[int, int, bool]]  # of the parameters
+    around: dict[str, Autocast] = field(default_factory=dict)  # autocast as the model was called, by device
     calls: list[Call] = field(default_factory=list)
     finished: dict[tuple[str, int], "Kept"] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -150,16 +169,24 @@ class Recording:
         default_factory=dict
     )  # by id: tensor, call that gave it
     first: Any = None  # the first state in the gradient graph: its node, or itself
+    leaf: Tensor | None = None  # the first state, where it was made to carry gradient
+    end: Tensor | None = None  # the state after the last block that keeps its shape
+    output: Tensor | None = None  # of the model
 
-    def renew(self, x: Any) -> None:
-        """Record once more if a parameter was changed in place since: whatever is kept can have come from it."""
-        if self.versions == self.twin.versions():
+    def renew(self, x: Any, *, arguments: bool = True) -> None:
+        """Record once more what can be of another batch, or of parameters as they were.
+
+        Args:
+            x: The batch.
+            arguments: Whether what runs next uses what was kept of this one.
+        """
+        if self.number == self.twin.recordings and not (arguments and self.versions != self.twin.versions()):
             return
         with torch.inference_mode(False), torch.random.fork_rng(devices=cuda_devices(self.twin.model)):
             now = record(self.twin, x, changed=False)
         if [call.name for call in now.calls] != [call.name for call in self.calls]:
             raise ValueError("cut: with the parameters as they are now other blocks run; cut the model once more")
-        self.calls, self.finished, self.versions = now.calls, now.finished, now.versions
+        self.calls, self.finished, self.versions, self.number = now.calls, now.finished, now.versions, now.number
 
     def outside(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module outside the blocks runs; its output is kept, with the number of block calls begun by then."""
@@ -189,6 +216,8 @@ class Recording:
             )
         self._check_source(h, f'block "{name}" gets')
         if not self.calls:
+            if not (h.requires_grad or isinstance(h, nn.Parameter) or any(h is value for value in self.given)):
+                self.leaf = h.requires_grad_()  # with frozen parameters, too, the graph shows what comes from it
             self.first = h.grad_fn or (h if h.requires_grad else None)
         with torch.no_grad():
             given = h + _change(h) if self.changed and not self.calls else h
@@ -200,23 +229,27 @@ class Recording:
         plain = tree_map(detached, output)
         # Within a section the state is passed on, so only its shape is needed: one element stands for it.
         form = with_state(plain, state.detach().new_zeros(()).expand(state.shape)) if keeps else plain
-        self.calls.append(Call(name, core, args, kwargs, slot, form, keeps, linked))
+        autocast = _autocast(h.device.type)
+        inside = None if autocast == self.around.get(h.device.type, autocast) else autocast
+        self.calls.append(Call(name, core, args, kwargs, slot, form, keeps, linked, inside))
         output = tree_map(self._marked, plain)
         self.before, self.last = h.detach(), state_of(output)
+        if keeps:
+            self.end = self.last.detach()
         return output
 
     def _linked(self, h: Tensor) -> bool:
         """Whether h is the very tensor that the previous call gave, or another view of all of it."""
         if self.last is None:
             return False
-        if h is self.last or (h.data_ptr(), h.shape, h.stride()) == (
-            self.last.data_ptr(),
-            self.last.shape,
-            self.last.stride(),
-        ):
+        last, before = self.last, self.before
+        if h is last:
             return True
-        before = self.before
-        if before.shape == h.shape == self.last.shape and torch.allclose(h, before + self.last, rtol=1e-3, atol=1e-5):
+        if (h.data_ptr(), h.shape, h.stride()) == (last.data_ptr(), last.shape, last.stride()):
+            # A function of the user's that gives what it gets can have a gradient of its own.
+            return not any(isinstance(source, torch.autograd.function.BackwardCFunction) for source in _sources(h))
+        added = before.shape == h.shape == last.shape and torch.allclose(h, before + last, rtol=1e-3, atol=1e-5)
+        if added and not torch.allclose(h, last, rtol=1e-3, atol=1e-5):
             raise ValueError(
                 f'cut: block "{self.calls[-1].name}" returns only its branch: the next block gets h + block(h). '
                 "Name modules that return the new state (blocks=...), or wrap the sum into the block"
@@ -250,7 +283,8 @@ class Recording:
             where = f'from what block "{self.calls[min(early)].name}" gave' if early else "from the first state"
             raise ValueError(
                 f"cut: {what} also {where}, not only from the block before: the model is not a path of one state "
-                "(a long skip, or modules that return only their branch); name blocks that hold the skip inside"
+                "(a long skip, modules that return only their branch, or whose first floating-point argument is not "
+                "the state); name blocks that hold the skip inside"
             )
 
     def _check_arguments(self, core: Core, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -270,7 +304,8 @@ class Recording:
 
     def _dependence(self, value: Tensor) -> str:
         """Why a tensor that carries gradient is refused as an argument."""
-        if self._origins(_sources(value)):
+        sources = _sources(value)
+        if self._origins(sources) or any(source is self.first for source in sources):
             return (
                 "depends on the state of an earlier block, so the blocks are not a path of one state; "
                 "name other blocks (blocks=...) that hold that dependence inside"
@@ -345,12 +380,24 @@ class Replay:
 
 def record(twin: Twin, x: Any, *, changed: bool) -> Recording:
     """Record one forward, from a changed first state or the true one."""
-    recording = Recording(twin, changed, twin.versions())
+    x = tree_map(detached, x)  # whether its gradient is asked for is an affair of the runs
+    given = [value for value in tree_flatten(x)[0] if isinstance(value, Tensor)]
+    around = {device: _autocast(device) for device in {v.device.type for v in (*twin.parameters, *given)}}
+    twin.recordings += 1
+    recording = Recording(twin, changed, given, twin.recordings, twin.versions(), around)
     with torch.enable_grad():
-        recording.check_output(output_of(twin.run(recording, x)))
-    recording.last = recording.before = recording.first = None
-    recording.marks.clear()
+        output = output_of(twin.run(recording, x))
+        recording.check_output(output)
+    if recording.leaf is not None:
+        recording.leaf.requires_grad_(False)
+    recording.output = output.detach()
+    recording.last = recording.before = recording.first = recording.leaf = None
+    recording.given, recording.marks = [], {}
     return recording
+
+
+def _autocast(device: str) -> Autocast:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _change(h: Tensor) -> Tensor:
