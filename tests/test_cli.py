@@ -15,6 +15,7 @@ import pytest
 from datafiles import hf_folder, write_npz
 from residuum import commands, files, profiles, training
 from residuum.cli import main
+from residuum.probing import NAMES
 
 SMALL = ("--blocks", "2", "2", "--widths", "4", "8", "--epochs", "1", "--limit", "60")
 OF_A_PROBE = {
@@ -33,6 +34,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network, trained a little by the command line."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     assert main(["train", "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one block in all."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--out", str(folder), *SMALL, "--blocks", "1", "--widths", "4"]) == 0
     return folder
 
 
@@ -181,6 +190,17 @@ def test_chosen_probes_only(trained: Path, tmp_path: Path) -> None:
     assert read(out, "indices.json")["initial"] is None
     assert read(out, "indices.json")["initial_reason"] == "it was not asked for"
     assert not (out / "initial.parquet").exists()
+
+
+@pytest.mark.parametrize("probes", [*((name,) for name in NAMES), ("perturbation", "margins")], ids=" ".join)
+def test_any_probes_give_a_page(probes: tuple[str, ...], trained_one: Path, tmp_path: Path) -> None:
+    """Also margins without the answers that they sort, and those that have no value in sections of one block."""
+    out = tmp_path / "result"
+    command = ["probe", str(trained_one), "--data", "digits", "--out", str(out), "--limit", "10", "--no-initial"]
+    assert main([*command, "--probes", *probes]) == 0
+    page = (out / "report.html").read_text()
+    assert ("has a value in this network" in page) == (probes == ("update_angle",))
+    assert not (out / "groups.parquet").exists()
 
 
 def test_a_foreign_network_gets_its_kind_of_images_and_no_labels_of_others(

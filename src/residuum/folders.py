@@ -175,8 +175,8 @@ def _frame(folder: Path, name: str, lengths: dict[str, int]) -> "pandas.DataFram
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise _incomplete(folder, name, f"is not a readable table ({error})") from error
     lacking = [column for column in COLUMNS if column not in frame]
-    if lacking or frame.empty:
-        raise _incomplete(folder, name, f"lacks {', '.join(lacking)}" if lacking else "has no rows")
+    if lacking:
+        raise _incomplete(folder, name, f"lacks {', '.join(lacking)}")
     strange = sorted(set(frame["section"]) - set(lengths))
     if strange:
         raise _incomplete(folder, name, f"has a section {strange[0]!r} that provenance.json does not name")

@@ -67,8 +67,7 @@ def write_findings(folder: Path, findings: Findings) -> None:
         content[f"{prefix}convergence_by_agreement"] = found and _by_agreement(found)
         if found:
             write_profile(folder, name or "profile", found)
-    if "margin" in findings.profile.measures:
-        table = _groups(findings.profile)
+    if "margin" in findings.profile.measures and len(table := _groups(findings.profile)):
         write_atomically(folder / "groups.parquet", lambda path: table.to_parquet(path, index=False))
     write_json(folder / "indices.json", content)
 
