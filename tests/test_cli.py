@@ -233,6 +233,24 @@ def test_labels_are_used_only_where_the_classes_are_the_same(
     assert ("accuracy" in found) == labelled
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["as buffers", "not at all"])
+def test_a_network_without_parameters(kept: bool, tmp_path: Path) -> None:
+    keep = 'self.register_buffer("w", w)' if kept else "self.w = w"
+    (tmp_path / "fixed.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Cell(nn.Module):\n"
+        f"    def __init__(self):\n        super().__init__()\n        w = torch.randn(64, 64) / 20\n        {keep}\n"
+        "    def forward(self, h):\n        return h + torch.tanh(h @ self.w)\n"
+        "def net():\n    return nn.Sequential(nn.Flatten(), Cell(), Cell())\n"
+    )
+    out = tmp_path / "out"
+    command = ["probe", f"{tmp_path / 'fixed.py'}:net", "--data", "digits", "--out", str(out), "--limit", "10"]
+    assert main([*command, "--blocks", "1", "2", "--probes", "perturbation"]) == 0
+    about = read(out, "provenance.json")
+    assert about["parameters"] == 0
+    assert (about.get("device"), about.get("dtype")) == (("cpu", "float32") if kept else (None, None))
+
+
 def test_size_and_normalise_override_the_network(tmp_path: Path) -> None:
     out = tmp_path / "result"
     command = ["probe", "timm:resnet26", "--weights", "random", "--data", "digits", "--out", str(out), "--limit", "4"]

@@ -3,6 +3,7 @@
 import platform
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,8 @@ def write_provenance(
     """
     if loaded.training and "history" in loaded.training:
         write_json(folder / "history.json", loaded.training["history"])
-    like = next(loaded.model.parameters())
+    like = next(chain(loaded.model.parameters(), loaded.model.buffers()), None)
+    kind = {} if like is None else {"device": str(like.device), "dtype": str(like.dtype).removeprefix("torch.")}
     versions = {
         "residuum": __version__,
         "torch": torch.__version__,
@@ -158,8 +160,7 @@ def write_provenance(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "versions": versions,
-        "device": str(like.device),
-        "dtype": str(like.dtype).removeprefix("torch."),
+        **kind,
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "network": network,
         "training": loaded.training,
