@@ -1,6 +1,7 @@
 """Kept runs: they give the verdicts and figures of the runs themselves, are small, and say when they are damaged."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from datafiles import write_npz
-from residuum import experiments
+from residuum import experiments, reproducescreen
 from residuum.claims import NOT_RUN, at_most, judge
 from residuum.cli import main
 from residuum.effects import mean_over
@@ -243,6 +244,36 @@ def test_runs_on_a_file_are_found_without_the_file(tmp_path: Path) -> None:
     (claim,) = choice.parts
     assert judge(claim, found) == judge(claim, results)
     assert judge(claim, found).verdict != NOT_RUN
+
+
+def test_runs_on_official_data_and_on_a_file_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice, kept = choose("small", ["p2-cifar10-error-depth"]), tmp_path / "kept"
+    given = stand_ins(choice.jobs, {"cifar10": npz(tmp_path / "c.npz")})
+    half = choice.jobs[: len(choice.jobs) // 2]
+    official = make(half, tmp_path / "official", as_the_paper)
+    keep_runs(choice.studies, official, kept)
+    here = stand_ins([job for study in choice.studies for job in study.jobs], {}) | given
+    with pytest.raises(
+        ValueError, match=r"\.zip read the official cifar10; cifar10 is given as c\.npz, .*: give no file"
+    ):
+        kept_runs(choice.studies, here, kept, tmp_path / "there")
+    made = make([given[job.key] for job in half], tmp_path / "file", as_the_paper)
+    found = {job.key: made[given[job.key].key] for job in half}
+    both = found | make(choice.jobs[len(half) :], tmp_path / "others", as_the_paper)
+    (said,) = files_read(choice.jobs, both)
+    assert said.endswith(f"{given[half[0].key].data.sha256}, in {len(half)} of {len(choice.jobs)} runs.")
+    shutil.rmtree(kept)
+    keep_runs(choice.studies, found, kept)
+    arguments = ["reproduce", choice.parts[0].id, "--scale", "small", "--out", str(tmp_path / "o"), "--kept", str(kept)]
+    monkeypatch.setattr(reproducescreen, "carried_out", lambda *_: pytest.fail("it began"))
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "kept runs read c.npz, SHA-256 " in message
+    assert "in the place of cifar10, this one would read the official cifar10: give --files cifar10=FILE.npz" in message
+    for option in ("--list", "--check"):
+        assert main([*arguments, option]) == 0
 
 
 def test_kept_runs_are_not_run_again(made: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

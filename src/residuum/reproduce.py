@@ -157,7 +157,7 @@ def kept_runs(studies: Iterable[Study], jobs: Mapping[str, Job], kept: Path, pla
 
     Args:
         studies: Whose runs.
-        jobs: What is run here for each, as `stand_ins` has it. Where that reads a file, a kept run must have, too.
+        jobs: What is run here for each, as `stand_ins` has it. Where that reads a file, a kept run must have read it.
         kept: The folder, as `keep_runs` has it; one that is not there has none.
         place: A folder to unpack them into, which is made.
 
@@ -185,11 +185,41 @@ def _check_kept(path: Path, job: Job, asked: Job, here: Job) -> None:
     named = replace(job, data=replace(job.data, name=asked.data.name, sha256=asked.data.sha256)) if stands_in else job
     if named.key != asked.key:
         raise ValueError(f"{path} is the run {job.key}, not {asked.key}; move it away")
-    if stands_in and here.data.sha256 not in ("", job.data.sha256):
+    given = isinstance(here, Run) and here != asked  # a file in the place of a data set
+    if given and here.data.sha256 != job.data.sha256:
         raise ValueError(
-            f"{path} read {Path(job.data.name).name}, SHA-256 {job.data.sha256[:8]}..; {asked.data.name} is given as "
-            f"{Path(here.data.name).name}, SHA-256 {here.data.sha256[:8]}..: give that file, or another folder"
+            f"{path} read {_which(job.data)}; {asked.data.name} is given as {_which(here.data)}: "
+            f"give {'that file' if job.data.sha256 else 'no file for it'}, or another folder"
         )
+
+
+def _which(data: DataConfig) -> str:
+    """What was read: a file by its name and content, or a data set."""
+    return f"{Path(data.name).name}, SHA-256 {data.sha256[:8]}.." if data.sha256 else f"the official {data.name}"
+
+
+def check_alike(choice: Choice, jobs: Mapping[str, Job], results: Results, kept: Results) -> None:
+    """Refuse to carry out runs on a data set in whose place kept runs read a file: both would be taken for one.
+
+    Args:
+        choice: What was asked for.
+        jobs: What is run for each job of the studies, as `stand_ins` has it.
+        results: Finished runs by the key under which studies ask for them, which are not carried out.
+        kept: Those of them that are kept.
+
+    Raises:
+        ValueError: If a run would read something else than the kept ones.
+    """
+    every = [job for study in choice.studies for job in study.jobs if isinstance(job, Run) and job.key in kept]
+    read = {job.data.name: kept[job.key].job.data for job in every}
+    for job in choice.jobs:
+        if isinstance(job, Run) and job.key not in results and job.data.name in read:
+            mine, theirs = jobs[job.key].data, read[job.data.name]
+            if mine.sha256 != theirs.sha256:
+                raise ValueError(
+                    f"kept runs read {_which(theirs)} in the place of {job.data.name}, this one would read "
+                    f"{_which(mine)}: give --files {job.data.name}=FILE.npz with that file, or another folder to --kept"
+                )
 
 
 def files_read(jobs: Iterable[Job], results: Results) -> list[str]:
@@ -199,13 +229,15 @@ def files_read(jobs: Iterable[Job], results: Results) -> list[str]:
         jobs: What the studies ask for.
         results: Finished runs by the key under which they do.
     """
-    pairs = [(job.data, results[job.key].job.data) for job in jobs if isinstance(job, Run) and job.key in results]
+    runs = {job.key: job.data.name for job in jobs if isinstance(job, Run) and job.key in results}
+    of_each, read = Counter(runs.values()), Counter()
+    for key, name in runs.items():
+        data = results[key].job.data
+        if data.sha256:
+            read[name, f"{name} is read from {Path(data.name).name}, SHA-256 {data.sha256}"] += 1
     return sorted(
-        {
-            f"{asked.name} is read from {Path(read.name).name}, SHA-256 {read.sha256}."
-            for asked, read in pairs
-            if read.sha256 and not asked.sha256
-        }
+        f"{text}." if n == of_each[name] else f"{text}, in {n} of {of_each[name]} runs."
+        for (name, text), n in read.items()
     )
 
 

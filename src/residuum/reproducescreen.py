@@ -9,6 +9,7 @@ from residuum.flags import Reproduce
 from residuum.progress import console
 from residuum.reproduce import (
     Choice,
+    check_alike,
     check_data,
     choose,
     files_read,
@@ -34,8 +35,8 @@ def reproduce(flags: Reproduce, command: str) -> None:
         command: The command as it was typed.
 
     Raises:
-        ValueError: If a name is unknown, or a kept run is damaged or read other data; or if runs are not complete in
-            the end: the report is written all the same.
+        ValueError: If a name is unknown, a kept run is damaged or read other data, or others would read other data than
+            the kept ones; or if runs are not complete in the end: the report is written all the same.
         OSError: If something cannot be read or written.
         FileNotFoundError: If data are not there; the message says how to get them. If kept runs are to be checked and
             there are neither these nor others.
@@ -59,6 +60,7 @@ def reproduce(flags: Reproduce, command: str) -> None:
             screen.print(listing(choice, results))
             asked = [jobs[job.key] for job in choice.jobs if job.key not in kept]
             left = [jobs[job.key] for job in choice.jobs if job.key not in results]
+            check_alike(choice, jobs, results, kept)
             check_data(left, flags.carried.data_root)
             outcome = carried_out(asked, flags.out, flags.carried, command)
             problem = unfinished(outcome, next(iter(outcome.reasons.values()), ""))
