@@ -3,12 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from residuum import drawing, pages, reproduce, reproducescreen
@@ -276,6 +277,28 @@ def test_what_has_no_lines_is_shown_as_a_picture() -> None:
     found = shown(FIGURE, figure)
     assert found.charts == ()
     assert f"data:image/png;base64,{found.picture[:20]}" in page("t", [], [found], [])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda axes: axes.fill_between([1, 2], [0, 1], [2, 3]),
+        lambda axes: axes.annotate("1 \u2191", (1, 1)),
+        lambda axes: axes.axvspan(1, 2),
+        None,
+    ],
+    ids=["a range", "an arrow", "a stripe", "nothing"],
+)
+def test_what_is_no_line_is_seen_in_a_picture_beside_the_lines(more: Callable[[Axes], object] | None) -> None:
+    with drawing.style():
+        figure, (axes,) = drawing.panels("Seeds", 1, 1)
+        drawing.line(axes, [1, 2], [1, 2], label="mean", number=0, spread=[0.5, 0.5])
+        axes.legend()
+        if more:
+            more(axes)
+    found = shown(FIGURE, figure)
+    assert len(found.charts) == 1
+    assert bool(found.picture) == (more is not None)
 
 
 def test_a_page_with_charts_has_a_place_for_each(tmp_path: Path) -> None:

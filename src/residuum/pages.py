@@ -44,8 +44,8 @@ class Shown:
 def shown(figure: Figure, drawn: "Drawn") -> Shown:
     """A drawn figure as charts: the lines of its panels with their names, styles and bars, as they were drawn.
 
-    Panels in three dimensions are seen from the side, without the axis into the depth; they, and what has no lines,
-    are shown as a picture, too.
+    Panels in three dimensions are seen from the side, without the axis into the depth; they, what has no lines, and
+    what has more than lines, such as filled ranges and words at points, are shown as a picture, too.
 
     Args:
         figure: What it is.
@@ -55,7 +55,7 @@ def shown(figure: Figure, drawn: "Drawn") -> Shown:
     for number, axes in enumerate(drawn.axes):
         label = _vertical(axes) or label  # panels of a row share their label
         series = list(_series(axes))
-        flat = flat and axes.name == "rectilinear" and bool(series)
+        flat = flat and axes.name == "rectilinear" and bool(series) and not _more_than_lines(axes)
         if series:
             charts.append((flowing(axes.get_title()), _chart(f"{figure.id}-{number}", axes, series, label)))
     return Shown(figure, flowing(drawn.get_suptitle()), tuple(charts), "" if flat else _picture(drawn))
@@ -68,6 +68,14 @@ def flowing(title: str) -> str:
         title: The title of a figure or of a panel.
     """
     return re.sub(r"(?<![:;,.])\n", "; ", title).replace("\n", " ")
+
+
+def _more_than_lines(axes: "Axes") -> bool:
+    """Whether a panel has areas, images or words inside; the collections of lines are bars."""
+    from matplotlib.collections import LineCollection
+
+    drawn = [*axes.collections, *axes.images, *axes.patches]
+    return any(not isinstance(part, LineCollection) for part in drawn) or any(t.get_text().strip() for t in axes.texts)
 
 
 def _vertical(axes: "Axes") -> str:
