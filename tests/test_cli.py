@@ -233,6 +233,18 @@ def test_labels_are_used_only_where_the_classes_are_the_same(
     assert ("accuracy" in found) == labelled
 
 
+def test_secondary_readings_alone_are_not_called_undefined(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "result"
+    command = ["probe", str(trained), "--data", "digits", "--out", str(out), "--limit", "10"]
+    assert main([*command, "--probes", "drops_first"]) == 0
+    page = (out / "report.html").read_text()
+    assert "<h3>Secondary readings of iteration</h3>" in page
+    assert "iteration are undefined" not in page
+    assert "no initial values" not in capsys.readouterr().err  # there are, though not in the table here
+
+
 @pytest.mark.parametrize("kept", [True, False], ids=["as buffers", "not at all"])
 def test_a_network_without_parameters(kept: bool, tmp_path: Path) -> None:
     keep = 'self.register_buffer("w", w)' if kept else "self.w = w"

@@ -424,7 +424,8 @@ def _say(out: Path, loaded: LoadedModel, findings: Findings) -> None:
     screen.print(table)
     if "final_accuracy" in measured:
         screen.print(f"accuracy {measured['final_accuracy']:.1%}")
-    for note in (*findings.notes, *([f"no initial values: {findings.initial_reason}"] if not initial else [])):
+    absent = [f"no initial values: {findings.initial_reason}"] if findings.initial is None else []
+    for note in (*findings.notes, *absent):
         notices.print(f"note: {note}")
     screen.print(f"report: {(out / 'report.html').resolve()}")
 

@@ -153,6 +153,8 @@ def iterative(found: dict[str, Any], others: Sequence[tuple[str, dict[str, Any]]
         others: Names and indices of the networks beside it.
     """
     values = {name: found[name]["network"]["value"] for name in NAMES if found.get(name) and found[name]["network"]}
+    if not any(name in found for name in NAMES):
+        return "Secondary readings of iteration"
     if not values:
         return f"The indices of iteration are undefined: {undefined(found)}"
     ideal = {"convergence": "1", "recurrence": "1", "divergence": "0"}
