@@ -184,6 +184,8 @@ def test_runs_that_nobody_may_write_are_still_read(out: Path, monkeypatch: pytes
     ("condition", "runs"),
     [
         ("state=complete", {BASE, COUPLED, DEEPER}),
+        ("state==complete", {BASE, COUPLED, DEEPER}),
+        ("strength == 0.5", {COUPLED}),
         (" state != complete", {WILD, HALF}),
         ("seed=0", {BASE, COUPLED, WILD}),
         ("seed>=1", {DEEPER, HALF}),
@@ -209,6 +211,8 @@ def test_conditions(condition: str, runs: set[Run], study: Path) -> None:
     [
         (["--where", "sed=1"], "unknown column 'sed'; did you mean 'seed'"),
         (["--where", "seed"], "where 'seed': give COLUMN=VALUE"),
+        (["--where", "state=<complete"], "where 'state=<complete': give COLUMN=VALUE, or with != < <= > >="),
+        (["--where", "seed===1"], "where 'seed===1': give COLUMN=VALUE"),
         (["--where", "state>complete"], "are no numbers; use = or !="),
         (["--where", "sections.0=1"], "column 'sections.0' can be indices."),
         (["--where", "stem>none"], "none is neither small nor large"),

@@ -30,7 +30,7 @@ _DTYPES = {
     frozenset([float]): "Float64",
     frozenset([int, float]): "Float64",
 }
-_CONDITION = re.compile(r"\s*([\w.]+)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_CONDITION = re.compile(r"\s*([\w.]+)\s*(!=|<=|>=|==?|<|>)(?![=<>])(.*)", re.DOTALL)
 _COMPARE = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -78,7 +78,8 @@ def where(frame: "pandas.DataFrame", condition: str) -> "pandas.DataFrame":
 
     Args:
         frame: What `table` gives.
-        condition: COLUMN=VALUE, or with !=, <, <=, >, >=. A column may be named by its end ("blocks") if that is clear.
+        condition: COLUMN=VALUE, or with ==, !=, <, <=, >, >=. A column may be named by its end ("blocks") if that is
+            clear.
             Numbers are compared as numbers, anything else as text; "none" is a setting that is not there.
 
     Raises:
@@ -87,7 +88,7 @@ def where(frame: "pandas.DataFrame", condition: str) -> "pandas.DataFrame":
     found = _CONDITION.fullmatch(condition)
     if not found:
         raise ValueError(f"where {condition!r}: give COLUMN=VALUE, or with != < <= > >=")
-    name, sign, wanted = found[1], found[2], found[3].strip()
+    name, sign, wanted = found[1], found[2].replace("==", "="), found[3].strip()
     column = frame[column_named(frame, name)]
     if wanted.lower() == "none":
         if sign not in ("=", "!="):
