@@ -59,6 +59,8 @@ def test_unknown_model_data_probe_device(refused: Refused, trained: Path, tmp_pa
     assert "unknown data 'digit'; did you mean 'digits'" in refused("train", "--out", out, "--data", "digit")
     assert "unknown probe 'pair'; did you mean 'pairs'" in refused(*probe, trained, "--probes", "pair")
     assert "unknown device 'gpu'" in refused(*probe, trained, "--device", "gpu")
+    for name in ("auto:3", "cpu:", "cuda:", "cuda:-1"):
+        assert f"unknown device '{name}'" in refused(*probe, trained, "--device", name)
     assert "unknown device 'cuda:x'" in refused(*probe, trained, "--device", "cuda:x")
     assert "given twice" in refused(*probe, trained, "--probes", "pairs", "pairs")
     assert "no probes given" in refused(*probe, trained, "--probes")

@@ -1,6 +1,7 @@
 """What the commands do: resolve data, then a network, then measure, write, and say on the screen what came out."""
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -246,11 +247,11 @@ def find_device(name: str) -> str:
     Raises:
         ValueError: If the name is unknown, or torch sees no such device here.
     """
-    kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (number and not number.isdecimal()):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
         raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(number or 0) >= cards:
         raise ValueError(f"device {name!r}: torch sees {cards} cuda devices here; use --device cpu")
