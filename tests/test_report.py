@@ -409,7 +409,7 @@ def test_networks_of_one_depth_count_in_the_mean() -> None:
 def test_refuses_no_folder_and_a_missing_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no result folder given"):
         report.write([], tmp_path / "page.html")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="is not a folder; give folders that residuum probe or demo wrote"):
         report.write([tmp_path / "nothing"], tmp_path / "page.html")
 
 

@@ -60,6 +60,9 @@ def test_a_file_stands_in_for_a_data_set_under_keys_of_its_own(tmp_path: Path) -
             assert other is job
     with pytest.raises(ValueError, match="did you mean 'cifar10'"):
         stand_ins(jobs, {"cifar": tmp_path / "c.npz"})
+    every = [job for study in choose("small", []).studies for job in study.jobs]
+    with pytest.raises(ValueError, match="unknown data set to be read from a file 'digitclutter'"):
+        stand_ins(every, {"digitclutter": tmp_path / "c.npz"})
     with pytest.raises(FileNotFoundError, match="no such file"):
         stand_ins(jobs, {"cifar10": tmp_path / "none.npz"})
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +74,8 @@ def test_grids_that_are_refused(changes: dict[str, Any], message: str) -> None:
         ([], "there are no runs"),
         (RUN, "is not a list of runs"),
         (None, "None is not a list of runs"),
+        ([RUN, Run], "number 1 of the runs is <class 'residuum.runs.Run'>; a run is one of network"),
+        ([SimpleNamespace(kind=["network"])], r"number 0 of the runs is namespace\(kind=.*; a run is one of network"),
         ([RUN, "mnist"], "number 1 of the runs is 'mnist'; a run is one of network"),
         ([RUN, replace(RUN, seed=1), replace(RUN)], r"the runs 0 and 2 are equal \(counted from 0\): Run"),
     ],

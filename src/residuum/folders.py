@@ -1,4 +1,4 @@
-"""Result folders, read: what `residuum probe`, `train` and `demo` wrote, checked and ready to be shown."""
+"""Result folders, read: what `residuum probe` and `demo` wrote, checked and ready to be shown."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def read(folder: Path) -> Result:
         ValueError: If a file is missing, cut short, or not what it should be.
     """
     if not folder.is_dir():
-        raise ValueError(f"report: {folder} is not a folder; give folders that residuum probe, train or demo wrote")
+        raise ValueError(f"report: {folder} is not a folder; give folders that residuum probe or demo wrote")
     about, indices = _json(folder, "provenance.json"), _json(folder, "indices.json")
     lengths = _checked(folder, about, indices)
     names = list(lengths)

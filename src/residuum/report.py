@@ -25,7 +25,7 @@ def write(folders: Sequence[Path], out: Path) -> None:
     """Write one page about one result, or one page that compares several.
 
     Args:
-        folders: Folders that `residuum probe`, `train` or `demo` wrote.
+        folders: Folders that `residuum probe` or `demo` wrote.
         out: The page to write, whole or not at all.
 
     Raises:

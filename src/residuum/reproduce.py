@@ -77,9 +77,9 @@ def stand_ins(jobs: Sequence[Job], files: Mapping[str, Path]) -> dict[str, Job]:
 
     Raises:
         FileNotFoundError: If a file is not there.
-        ValueError: If no run reads a data set of that name.
+        ValueError: If no run reads a data set of that name, or it is made and not read.
     """
-    names = {job.data.name for job in jobs if isinstance(job, Run)}
+    names = {job.data.name for job in jobs if isinstance(job, Run) and not job.data.clutter}  # those are made
     for name in files:
         if name not in names:
             raise unknown("data set to be read from a file", name, sorted(names))

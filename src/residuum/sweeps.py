@@ -163,7 +163,7 @@ def checked(jobs: Any) -> list[Job]:
         raise ValueError("there are no runs")
     first: dict[str, int] = {}
     for number, job in enumerate(jobs):
-        if getattr(job, "kind", None) not in worker.KINDS:
+        if not isinstance(job, tuple(worker.KINDS.values())):
             raise ValueError(f"number {number} of the runs is {_short(job)}; a run is one of {', '.join(worker.KINDS)}")
         if job.key in first:
             raise ValueError(f"the runs {first[job.key]} and {number} are equal (counted from 0): {_short(job)}")
