@@ -14,16 +14,19 @@ from residuum.claims import Judged, Study, judge
 from residuum.effects import mean_over
 from residuum.experiments import PAPERS, SCALES, p2_verdicts, study
 from residuum.experiments.costs import network_minutes
+from residuum.experiments.p2_figures import CURVES
 from residuum.experiments.p2_runs import (
     CROSSING,
     PREDICTED,
     PRINTED,
     SCALED,
+    ablation_of,
     crossing,
     ends_of,
     mean_curve,
     run_of,
     steps_of_images,
+    sweep_of,
 )
 from residuum.experiments.p2_verdicts import earlier, ends
 from residuum.indices import stopping_depth
@@ -228,6 +231,34 @@ def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
             assert drawn.get_suptitle(), figure.id
             for axes in drawn.axes:
                 assert axes.get_xlabel(), figure.id
+
+
+def drawn(tmp_path: Path, name: str, jobs: list[Run], scale: str = "small") -> str:
+    """What a figure says of a few runs."""
+    (figure,) = (figure for figure in planned(scale).figures if figure.id == name)
+    with drawing.style():
+        return figure.draw(make(jobs, tmp_path, as_the_paper)).get_suptitle()
+
+
+def test_no_growth_is_said_of_one_depth_or_between_seeds(tmp_path: Path) -> None:
+    without, with_decay = (ablation_of("small", "mnist")[decay, True] for decay in (False, True))
+    shallow = [runs[4] for sweep in (without, with_decay) for runs in sweep.values()]
+    assert drawn(tmp_path, "p2-ablation", shallow).endswith("after long training: not yet known")
+    mixed = [without[0][4], without[1][16], with_decay[0][4], with_decay[0][16]]
+    assert drawn(tmp_path, "p2-ablation", mixed).endswith("after long training: not yet known")
+    assert "MNIST \u00d7 2.8 without decay" in drawn(tmp_path, "p2-ablation", [*mixed, without[0][16]])
+    sweep = sweep_of("small", "mnist")
+    for name, *_, words in CURVES:
+        for few in ([sweep[0][2]], [sweep[0][2], sweep[1][32]]):
+            assert drawn(tmp_path, name, few).endswith(f"{words[1:]}, MNIST: growth with L not yet known")
+    assert drawn(tmp_path, "p2-1", [sweep[0][2]]).endswith("shallowest to deepest: MNIST not yet known")
+
+
+def test_one_block_and_equal_steps_are_no_first_longer_than_the_last(tmp_path: Path) -> None:
+    (one, *_) = (job for job in planned("tiny").jobs if job.model.blocks[0] == 1)
+    assert drawn(tmp_path, "p2-2", [one], "tiny").endswith("is longer than the last or not: not yet known")
+    # In this world the steps of section 3 are as long at its end as at its start.
+    assert drawn(tmp_path, "p2-2", [network(0, 8)]).endswith("is longer than the last in 2 of 3 sections")
 
 
 def test_costs_grow_with_what_is_done() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NAMES = ("section 1", "section 2", "section 3")
 DEPTH = "blocks per section, L"
+UNKNOWN = "not yet known"
 BESIDE = ((4, 3), (4, -11), (-14, 3))  # where the number of a section stands, so that near points keep theirs apart
 # name, number in the paper, index, vertical axis, words for the title
 CURVES = (
@@ -114,9 +115,9 @@ def _errors(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
         return None
     said, ends = [], {}
     for data, sweep in having.items():
-        mean = mean_curve([test_errors(results, runs) for runs in sweep.values()])
-        ends[data] = mean
-        said.append(f"{SETS[data]} {100 * mean[min(mean)]:.2f} to {100 * mean[max(mean)]:.2f} %")
+        found = [test_errors(results, runs) for runs in sweep.values()]
+        ends[data], both = mean_curve(found), list(_ends(found).values())
+        said.append(f"{SETS[data]} {100 * both[0]:.2f} to {100 * both[1]:.2f} %" if both else f"{SETS[data]} {UNKNOWN}")
     figure, axes = panels(f"Test error, shallowest to deepest: {', '.join(said)}", 1, len(having))
     for ax, (data, sweep) in zip(axes, having.items(), strict=True):
         curves = [{d: 100 * e for d, e in test_errors(results, runs).items()} for runs in sweep.values()]
@@ -146,15 +147,13 @@ def _surfaces(results: Results, *, sweeps: Mapping[str, Sweep], quantity: str, l
                 places = [(block + 0.5) / depth for block in range(depth)]
                 part = i / max(1, len(runs) - 1)
                 ax.plot(places, [depth] * depth, steps, color=shade(part), marker=".", label=f"L = {depth}")
-                firsts.append(steps[0] >= steps[-1])
+                firsts += [steps[0] > steps[-1]] if depth > 1 else []
             ax.set(xlabel="position in the section", ylabel="L", title=f"{SETS[data]}, {NAMES[section]}")
             ax.set_zlabel(label, labelpad=4)
             ax.view_init(elev=24, azim=-58)
             ax.set_box_aspect(None, zoom=0.8)
-    figure.suptitle(
-        f"The first of a section's {kind} is longer than the last in {sum(firsts)} of {len(firsts)} sections",
-        fontsize=12,
-    )
+    known = f"in {sum(firsts)} of {len(firsts)} sections" if firsts else f"or not: {UNKNOWN}"
+    figure.suptitle(f"The first of a section's {kind} is longer than the last {known}", fontsize=12)
     return figure
 
 
@@ -163,7 +162,7 @@ def _curves(results: Results, *, sweeps: Mapping[str, Sweep], index: str, label:
     having = complete_by_data(results, sweeps)
     if not having:
         return None
-    said = [_ends(results, sweep, index, SETS[data]) for data, sweep in having.items()]
+    said = [_growth(results, sweep, index, SETS[data]) for data, sweep in having.items()]
     figure, axes = panels(f"{words[0].upper()}{words[1:]}, {'; '.join(said)}", len(having), 4, width=3.6)
     for row, (data, sweep) in enumerate(having.items()):
         for column, section in enumerate((0, 1, 2, None)):
@@ -187,14 +186,24 @@ def _curves(results: Results, *, sweeps: Mapping[str, Sweep], index: str, label:
     return figure
 
 
-def _ends(results: Results, sweep: Sweep, index: str, name: str) -> str:
+def _growth(results: Results, sweep: Sweep, index: str, name: str) -> str:
     """By how much the whole network's index changes from the shallowest to the deepest network, trained and not."""
-    by = []
-    for network in ("measured", "initial"):
-        mean = mean_curve([curve(results, runs, index, None, network=network) for runs in sweep.values()])
-        by.append((min(mean), max(mean), mean[max(mean)] / mean[min(mean)]))
-    (low, high, ours), (_, _, theirs) = by
-    return f"{name}: \u00d7 {ours:.2g} from L = {low} to {high} (untrained \u00d7 {theirs:.2g})"
+    ours, theirs = (
+        _ends([curve(results, runs, index, None, network=network) for runs in sweep.values()])
+        for network in ("measured", "initial")
+    )
+    if not ours:
+        return f"{name}: growth with L {UNKNOWN}"
+    low, high = ours
+    by = [ends[high] / ends[low] for ends in (ours, theirs)]
+    return f"{name}: \u00d7 {by[0]:.2g} from L = {low} to {high} (untrained \u00d7 {by[1]:.2g})"
+
+
+def _ends(curves: list[Curve]) -> Curve:
+    """Means at the least and the greatest depth over the seeds that have both; empty where none has."""
+    depths = sorted(mean_curve(curves))
+    low, high = depths[0], depths[-1]
+    return mean_curve([{d: c[d] for d in (low, high)} for c in curves if {low, high} <= c.keys()] if low < high else [])
 
 
 def _partitions(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
@@ -276,9 +285,9 @@ def _ablation(results: Results, *, ablations: Mapping[str, Mapping[tuple[bool, b
                 continue
             name = f"{'with' if decay else 'no'} decay, {'long' if longer else 'short'}"
             _draw(ax, [c for c in found if c], name, number)
-            mean = mean_curve(found)
-            by[decay, longer] = mean[max(mean)] / mean[min(mean)]
-            depths = mean
+            depths = mean_curve(found)
+            if ends := _ends(found):
+                by[decay, longer] = ends[max(ends)] / ends[min(ends)]
         fresh = [
             curve(results, runs, "scaled_distance", None, network="initial") for runs in cells[False, True].values()
         ]
@@ -290,5 +299,5 @@ def _ablation(results: Results, *, ablations: Mapping[str, Mapping[tuple[bool, b
         ax.set_ylim(bottom=0)
         depth_axis(ax, depths)
         ax.legend()
-    figure.suptitle(f"Growth with depth after long training: {'; '.join(said) or 'not yet known'}", fontsize=12)
+    figure.suptitle(f"Growth with depth after long training: {'; '.join(said) or UNKNOWN}", fontsize=12)
     return figure
