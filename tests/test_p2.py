@@ -261,6 +261,17 @@ def test_one_block_and_equal_steps_are_no_first_longer_than_the_last(tmp_path: P
     assert drawn(tmp_path, "p2-2", [network(0, 8)]).endswith("is longer than the last in 2 of 3 sections")
 
 
+def test_the_sentence_about_the_null_model_asks_for_what_its_rule_asks_for() -> None:
+    for scale, said, expected in (
+        ("small", "makes the scaled distance shorter than that of an untrained network", "below 1;"),
+        ("paper", "makes the scaled distance less than half that of an untrained network", "below 0.5;"),
+    ):
+        for data in ("mnist", "cifar10"):
+            (claim,) = (claim for claim in planned(scale).claims if claim.id == f"p2-{data}-null-ratio")
+            assert claim.statement.endswith(said)
+            assert expected in claim.expected
+
+
 def test_costs_grow_with_what_is_done() -> None:
     run = run_of("small", "mnist", 8, 0)
     once = network_minutes(run)

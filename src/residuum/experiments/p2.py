@@ -25,7 +25,7 @@ from residuum.experiments.p2_runs import (
 from residuum.experiments.p2_verdicts import (
     DOUBLING,
     FLAT,
-    FOURFOLD,
+    HALF,
     LESS_THAN_HALF,
     LIKE_ONE_OVER_L,
     NO_RISE,
@@ -267,10 +267,11 @@ def _beside_null(scale: str, data: str) -> list[Claim]:
     text = f"{SETS[data]}: untrained networks have the scaled distance that theory gives, in every section"
     known = "within 25 % of 2 (sqrt(v0 + L) - sqrt(v0))"
     found = [_claim(f"{data}-null-theory", source, text, known, test, jobs=jobs, limits=f"At L = {deepest}.")]
-    bound = FOURFOLD if deepest >= at.plateau[data] else 1.0
+    bound = HALF if deepest >= at.plateau[data] else 1.0
+    less = "less than half" if bound == HALF else "shorter than"
     (section_1, *_) = null_theory((100, 100, 100))
     test = partial(shorter, sweep=ends, depth=deepest, bound=bound)
-    text = f"{SETS[data]}, section 1: training makes the scaled distance shorter than that of an untrained network"
+    text = f"{SETS[data]}, section 1: training makes the scaled distance {less} that of an untrained network"
     known = f"trained / untrained below {bound:g}; the paper's plateau by theory at L = 100: "
     known += f"{SCALED[data][0] / section_1.scaled_distance:.2f}"
     found.append(_claim(f"{data}-null-ratio", source, text, known, test, jobs=jobs, limits=limits))

@@ -34,7 +34,7 @@ FLAT = (-0.15, 0.15)  # slope of "no growth": 5 % between L = 70 and 100, about 
 LIKE_ONE_OVER_L = (-1.2, -0.8)
 # Trained / untrained in section 1: 0.21 and 0.24 by the paper's distance and theory's at L = 100, so half is a clear
 # difference; shallow networks are asked for a difference only.
-FOURFOLD = 0.5
+HALF = 0.5
 SAME = (0.9, 1.1)  # "equal" scaled distances: 11.77 and 11.81
 PUBLISHED = {"mnist": 0.01, "cifar10": 0.0875}  # 1 % for plain networks; ResNet-20 of He et al. 2016, from L = 4 on
 NO_RISE = 0.01  # "stays at the level": one point
