@@ -63,6 +63,8 @@ def test_unknown_model_data_probe_device(refused: Refused, trained: Path, tmp_pa
         assert f"unknown device '{name}'" in refused(*probe, trained, "--device", name)
     assert "unknown device 'cuda:x'" in refused(*probe, trained, "--device", "cuda:x")
     assert "given twice" in refused(*probe, trained, "--probes", "pairs", "pairs")
+    for names in (("all", "drops"), ("pairs", "all"), ("all", "all")):
+        assert "probe 'all' stands for every probe: give it alone" in refused(*probe, trained, "--probes", *names)
     assert "no probes given" in refused(*probe, trained, "--probes")
     assert not out.exists()
 

@@ -126,16 +126,18 @@ def choose(names: Sequence[str]) -> dict[str, Probe]:
     """Probes by their names; the passive ones share one walk, the interventions one prefix tree.
 
     Args:
-        names: Of `NAMES`; "all" stands for them all.
+        names: Of `NAMES`; "all", alone, stands for them all.
 
     Returns:
         The probes, by the name or names that they stand for.
 
     Raises:
-        ValueError: If a name is unknown (the nearest are offered), given twice, or none is given.
+        ValueError: If a name is unknown (the nearest are offered), given twice, or none is given, or "all" with others.
     """
     names = NAMES if tuple(names) == ("all",) else names
     for name in names:
+        if name == "all":
+            raise ValueError("probe 'all' stands for every probe: give it alone, or give the others without it")
         if name not in NAMES:
             raise unknown("probe", name, (*NAMES, "all"))
         if names.count(name) > 1:
