@@ -375,3 +375,16 @@ def test_the_byte_counter_sees_resized_storages_and_views_once() -> None:
         a.untyped_storage().resize_(4000)
         a.add_(1)
         assert counted.live == 4000
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_the_byte_counter_counts_values_and_indices_of_sparse_tensors(layout: torch.layout) -> None:
+    dense = torch.eye(100)
+    with Bytes() as counted:
+        sparse = dense.to_sparse(layout=layout)
+        more = 0 if layout == torch.sparse_coo else 101  # beside rows and columns, which stay one storage
+        assert counted.live == 100 * 4 + (2 * 100 + more) * 8
+        assert torch.equal(sparse @ dense, dense)
+        del sparse
+        assert counted.live == 0

@@ -1,5 +1,6 @@
 """How many bytes of tensors live: a counter for processors, which have no `max_memory_allocated`."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+_ROWS, _COLUMNS = ("values", "crow_indices", "col_indices"), ("values", "ccol_indices", "row_indices")
+_PARTS = {torch.sparse_coo: ("_values", "_indices"), torch.sparse_csr: _ROWS, torch.sparse_bsr: _ROWS}
+_PARTS |= {torch.sparse_csc: _COLUMNS, torch.sparse_bsc: _COLUMNS}
 
 
 class Bytes(AbstractContextManager["Bytes"]):
@@ -37,16 +42,12 @@ class Bytes(AbstractContextManager["Bytes"]):
 
     def see(self, before: Any, after: Any) -> None:
         """What an operation got and gave."""
-        for tensor in tree_iter(before):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if not _holds(self._storages, storage):
-                    self._older[id(storage)] = ref(storage)
-        for tensor in tree_iter(after):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if not _holds(self._older, storage):
-                    self._storages[id(storage)] = ref(storage)
+        for storage in _storages(before):
+            if not _holds(self._storages, storage):
+                self._older[id(storage)] = ref(storage)
+        for storage in _storages(after):
+            if not _holds(self._older, storage):
+                self._storages[id(storage)] = ref(storage)
         self.peak = max(self.peak, self.live)
 
     def __enter__(self) -> "Bytes":
@@ -57,6 +58,14 @@ class Bytes(AbstractContextManager["Bytes"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._mode.__exit__(kind, error, trace)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages of all tensors; a sparse one has one for its values and one for each kind of its indices."""
+    for tensor in tree_iter(tree):
+        if isinstance(tensor, Tensor):
+            parts = [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())] or [tensor]
+            yield from (part.untyped_storage() for part in parts)
 
 
 def _holds(kept: dict[int, "ref[torch.UntypedStorage]"], storage: torch.UntypedStorage) -> bool:
