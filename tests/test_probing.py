@@ -93,14 +93,20 @@ def test_values_that_the_null_model_keeps_are_named() -> None:
     assert note.endswith("from what the network's authors start from")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_only_networks_that_do_not_see_the_next_token_are_asked_for_it(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "masked"), [("gpt2", False), ("bert", False), ("bert", True)])
+def test_only_networks_that_do_not_see_the_next_token_are_asked_for_it(
+    family: str, masked: bool, tmp_path: Path
+) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
     config = AutoConfig.for_model(family, **size, bos_token_id=0, eos_token_id=1)
     kind = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     (tmp_path / "x.txt").write_bytes(b"to be or not to be " * 20)
     data, settings = load_text(tmp_path / "x.txt", window=8), ProbeConfig(probes=("readouts",), initial=False)
-    found = probe(LoadedModel(kind.from_config(config).eval(), family, "", Reads()), data, settings)
+    model = kind.from_config(config).eval()
+    if masked:  # a token that is never said: beside its output all others are as small as rounding
+        with torch.no_grad():
+            model.get_output_embeddings().bias[3] = -1e9
+    found = probe(LoadedModel(model, family, "", Reads()), data, settings)
     assert ("loss" in found.profile.measures) == (family == "gpt2")
     assert any("no guesses of the next one: measures with labels are skipped" in note for note in found.notes) == (
         family == "bert"

@@ -107,7 +107,9 @@ def _looks_ahead(model: nn.Module, data: TextSet) -> bool:
             for inputs in (few.inputs, others)
             for x, _ in text_batches(replace(few, inputs=inputs), batch=2, device=device)
         )
-    size = float(said.abs().nan_to_num(0, 0, 0).max())
+    both = torch.stack((said, changed)).nan_to_num(0, 0, 0)
+    varies = (both != both[0, 0]).flatten(0, 1).any(0)  # a constant, as that of masked tokens, says nothing of size
+    size = float((both.abs() * varies).max())
     rounding = max(1e-5, 2 * torch.finfo(said.dtype).eps)  # experts of other tokens can be other kernels
     return not torch.allclose(said, changed, rtol=0, atol=rounding * size, equal_nan=True)
 
