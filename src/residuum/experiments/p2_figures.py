@@ -5,6 +5,8 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from residuum.claims import Drawn, Figure, Results
 from residuum.drawing import COLOURS, depth_axis, line, panels, plain_ticks, shade
 from residuum.experiments.p2_runs import (
@@ -223,7 +225,7 @@ def _partitions(results: Results, *, sweeps: Mapping[str, Sweep]) -> Drawn:
                 name = ("trained", "untrained")[number]
                 line(ax, places, parts, label=name, number=number, fresh=bool(number))
                 if network == "profile":
-                    halves.append(parts[len(steps) // 2])
+                    halves.append(float(np.interp(0.5, places, parts)))  # of an odd number of blocks half a block
             ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="equal steps")
             ax.set(title=f"{SETS[data]}, {NAMES[section]}, L = {len(steps)}", xlabel="position in the section, l / L")
         axes[3 * row].set_ylabel("part of the scaled distance")
