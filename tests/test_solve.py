@@ -170,6 +170,34 @@ def test_singular_systems_are_reported(solver: LinearSolver) -> None:
     assert v[1].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("solver", [GMRES(1e-9), BiCGStab(1e-9)], ids=lambda s: type(s).__name__)
+def test_a_residual_of_0_ends_a_solve_whose_tolerance_the_precision_cannot_resolve(solver: LinearSolver) -> None:
+    """float32 does not tell 1e-9 from 0, so a row is not said to be solved; but there is nothing left to correct."""
+    asked = 0
+
+    def nothing(v: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        assert asked <= 4, "it goes on for ever"
+        return 0 * v
+
+    v, record = solver.invert(nothing, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert v.tolist() == [[1.0, 2.0], [0.0, 0.0]]
+    assert record.evaluations == asked == 2
+    assert record.converged.tolist() == [False, True]
+    assert record.steps.tolist() == [1, 0]
+
+
+def test_newton_ends_where_its_inner_tolerance_is_below_the_precision() -> None:
+    """The inner GMRES has the tolerance 1e-3, bfloat16 resolves 8e-3; it went on for ever."""
+    generator = torch.Generator().manual_seed(0)
+    W = (0.3 * torch.randn(4, 4, generator=generator)).bfloat16()
+    b = torch.randn(3, 4, generator=generator).bfloat16()
+    found = fixed_point(lambda x: torch.tanh(x @ W + b), b, NewtonKrylov(0.05))
+    assert found.converged.all()
+    assert found.evaluations < 40
+
+
 @pytest.mark.parametrize("solver", LINEAR.values(), ids=LINEAR)
 def test_systems_that_turn_are_all_solved(solver: LinearSolver) -> None:
     """Two-sided Krylov methods can stall on skew matrices of few entries: without restarts 1 in 100 of these did."""

@@ -412,6 +412,14 @@ def test_starts_have_their_order_and_one_answer(form: str) -> None:
     }
 
 
+def test_the_linearised_start_ends_in_half_precision() -> None:
+    """Its solve has the tolerance 1e-6, float16 resolves 1e-3; it went on for ever."""
+    torch.manual_seed(0)
+    found = Theta(start="linearised", solver=Anderson(0.01))(nn.Linear(3, 3).half()).solve(torch.randn(4, 3).half())
+    assert found.converged.all()
+    assert found.evaluations < 200
+
+
 def test_fixed_point_contracts_by_theta_times_the_jacobian() -> None:
     """The error of Picard's iterates shrinks by theta |J| per step: exactly so where J is a multiple of a rotation."""
     rotation = 0.6 * torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]

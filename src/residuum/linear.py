@@ -335,7 +335,7 @@ def _refine(cycle: Cycle, A: Map, b: Tensor, settings: LinearSolver) -> tuple[Te
     v, r, scale, products = torch.zeros_like(b), b, torch.ones_like(size), 0
     working = progress.note(r, v)
     while working:
-        left = (settings.max_steps - progress.steps) * progress.active
+        left = (settings.max_steps - progress.steps) * (progress.active & (progress.size > 0))  # 0 corrects nothing
         if not left.any():
             break
         target = settings.tol * (1 + norms(v).clamp_max(progress.most)) / scale[:, 0]
