@@ -264,6 +264,43 @@ def test_penalties_are_read_from_the_command_line() -> None:
     assert penalty_of(("divergence:0.1", "variation:2")) == Penalty(divergence=0.1, variation=2.0)
 
 
+class InPlace(nn.Module):
+    """A block that adds to its state where the state lies: what it adds looks like 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, h: Tensor) -> Tensor:
+        h += self.layer(torch.relu(h))
+        return h
+
+
+class Masked(nn.Module):
+    """A block with a mask beside its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        return h + self.layer(h) * (1 if mask is None else mask)
+
+
+def of_loss(block: nn.Module, loss: Callable, settings: Penalty = ALL) -> Callable[[Tensor], Tensor]:
+    """The penalised loss of a single block at a state."""
+    around = nn.ModuleList([block])
+    whole = penalised(settings, lambda model, x, y: loss(model[0], x).sum(), sections=lambda model: [list(model)])
+    return lambda h: whole(around, 1 * h, h)
+
+
+def test_variation_looks_at_no_states() -> None:
+    """So blocks may get whatever they like."""
+    settings, h = Penalty(variation=1.0), torch.randn(2, 3, dtype=torch.float64)
+    for call in (lambda b, x: b(x, x), lambda b, x: b(x, mask=x), lambda b, x: b(h=x), lambda b, x: b(x).mul_(0)):
+        of_loss(Masked(), call, settings)(h).backward()
+
+
 def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
 
@@ -292,6 +329,19 @@ def normed() -> nn.Module:
             lambda h: penalised(ALL, lambda m, x, y: m(m(x)).sum(), sections=lambda m: [[m]])(Plain(), h, h),
             "1 blocks were expected to run one after another, once each; 2 calls came",
         ),
+        (
+            lambda h: terms(Penalty(magnitude=1.0), [InPlace()], [h, h]),
+            "InPlace changes the state that it gets in place",
+        ),
+        (
+            lambda h: terms(Penalty(magnitude=1.0), [Explicit()(InPlace())], [h, h]),
+            "InPlace changes the state that it gets in place",
+        ),
+        (of_loss(InPlace(), lambda b, x: b(x)), "a state before or after InPlace was changed in place"),
+        (of_loss(Masked(), lambda b, x: b(x).mul_(0.5)), "a state before or after Masked was changed in place"),
+        (of_loss(Masked(), lambda b, x: b(x, x)), "Masked is called with 2 arguments; .* must be all that it gets"),
+        (of_loss(Masked(), lambda b, x: b(x, mask=x)), "Masked is called with 1 arguments, mask; "),
+        (of_loss(Masked(), lambda b, x: b(h=x)), "Masked is called with 0 arguments, h; .* not by name"),
     ],
 )
 def test_what_is_wrong_is_refused(make: partial, message: str) -> None:

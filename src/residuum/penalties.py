@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from residuum.graphs import leaf, recorded
+from residuum.graphs import applied, leaf, recorded
 from residuum.layers.coupling import alike
 from residuum.layers.held import held
 from residuum.layers.pairs import PairBlock
@@ -125,18 +126,23 @@ def terms(settings: Penalty, blocks: Sequence[nn.Module], states: Sequence[Tenso
 
     Raises:
         ValueError: If states and blocks do not match; if a block acts on two states; or, where its branch is looked at,
-            if it holds batch norm or dropout in training mode.
+            if it holds batch norm or dropout in training mode, or changes its state in place.
     """
     if len(states) != len(blocks) + 1 or not blocks:
         raise ValueError(
             f"penalties: {len(blocks)} blocks need {len(blocks) + 1} states, given {len(states)}; not none"
         )
-    found = _along_the_path(settings, blocks, states) if any(getattr(settings, name) for name in WEIGHTS[:3]) else {}
+    found = _along_the_path(settings, blocks, states) if _of_branches(settings) else {}
     if settings.variation:
         found["variation"] = variation(blocks)
     if settings.divergence and settings.squashed:
         found["divergence"] = torch.sigmoid(found["divergence"])
     return {name: getattr(settings, name) * value for name, value in found.items() if getattr(settings, name)}
+
+
+def _of_branches(settings: Penalty) -> bool:
+    """Whether branches are looked at, and not their parameters alone."""
+    return any(getattr(settings, name) for name in WEIGHTS[:3])
 
 
 def _along_the_path(settings: Penalty, blocks: Sequence[nn.Module], states: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -146,7 +152,7 @@ def _along_the_path(settings: Penalty, blocks: Sequence[nn.Module], states: Sequ
     found = dict.fromkeys(WEIGHTS[:3], states[0].new_zeros((), dtype=in_float32(states[0]).dtype))
     with torch.autocast(states[0].device.type, enabled=False):
         for t, (f, h, share) in enumerate(zip(points, states, trapezoidal([dt for _, dt in sides]), strict=True)):
-            f, h, d = widened(f), in_float32(h), h[0].numel()
+            f, h, d = widened(partial(applied, f)), in_float32(h), h[0].numel()
             if settings.divergence or settings.jacobian:
                 value, trace, square = hutchinson(f, h, _draw(h, settings.probes, settings.draws))
                 growth = ((t + 1) / len(points)) ** settings.power
@@ -186,7 +192,7 @@ def right_hand_side(block: nn.Module) -> tuple[Map, float]:
         return block.branches[0], block.step.dt
     if isinstance(block, ThetaBlock | ExplicitBlock):
         return block.branch, block.step.dt
-    return lambda h: block(h) - h, 1.0
+    return lambda h: applied(block, h) - h, 1.0
 
 
 def variation(blocks: Sequence[nn.Module]) -> Float[Tensor, ""]:
@@ -218,7 +224,8 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
     """A loss with penalties, for `train`. In eval mode it is the loss alone, so that test losses compare.
 
     The states are those of the very forward that the loss runs; branches run once more on them. Branches must treat
-    examples one by one: group norm or none, no dropout. Under torchrun the penalty of all examples is the mean of the
+    examples one by one: group norm or none, no dropout; blocks are called with their state alone, which nothing
+    changes in place. Under torchrun the penalty of all examples is the mean of the
     processes' penalties, whose sigmoids are of means over fewer examples.
 
     Args:
@@ -230,7 +237,8 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
         The loss; its name holds all three arguments.
 
     Raises:
-        ValueError: From the loss, if other blocks have run than `sections` says, and what `terms` raises.
+        ValueError: From the loss, if other blocks have run than `sections` says, or, where branches are looked at, with
+            more than their state, or if a state was changed in place; and what `terms` raises.
     """
 
     def with_penalties(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -239,7 +247,7 @@ def penalised(settings: Penalty, loss: Loss, *, sections: Sections = own_section
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         blocks = [list(section) for section in sections(inner)]
         with held(inner):
-            with _watched(blocks) as states:
+            with _watched(blocks, again=_of_branches(settings)) as states:
                 value = loss(model, x, y)
             return value + sum(
                 value
@@ -273,14 +281,36 @@ def penalty_of(written: Sequence[str]) -> Penalty | None:
 
 
 @contextmanager
-def _watched(blocks: list[list[nn.Module]]) -> Iterator[Callable[[], list[list[Tensor]]]]:
-    """Keeps the states of a forward: when it is over, those of each section can be asked for."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+def _watched(blocks: list[list[nn.Module]], *, again: bool) -> Iterator[Callable[[], list[list[Tensor]]]]:
+    """Keeps the states of a forward: when it is over, those of each section can be asked for.
+
+    Args:
+        blocks: The blocks of each section.
+        again: Whether they will run again on these states, which must then be all that they got, and as they were.
+    """
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    kept: list[tuple[nn.Module, Any, int]] = []  # states are kept by reference, so with their count of changes in place
     expected = [block for section in blocks for block in section]
-    handles = [
-        block.register_forward_hook(lambda module, given, output: calls.append((module, given[0], output)))
-        for block in dict.fromkeys(expected)
-    ]
+
+    def before(block: nn.Module, args: tuple, named: dict) -> None:
+        if len(args) != 1 or named:
+            raise ValueError(
+                f"penalties: {type(block).__name__} is called with {', '.join([f'{len(args)} arguments', *named])}; "
+                "its branch runs once more on the state: that, and not by name, must be all that it gets; keep the "
+                "rest on the block, or in a module around it"
+            )
+        keep(block, args[0])
+
+    def after(block: nn.Module, args: tuple, named: dict, output: Any) -> None:
+        calls.append((block, (*args, *named.values())[0], output))
+        keep(block, output)
+
+    def keep(block: nn.Module, state: Any) -> None:
+        kept.append((block, state, state._version if isinstance(state, Tensor) else 0))
+
+    handles = [block.register_forward_hook(after, with_kwargs=True) for block in dict.fromkeys(expected)]
+    if again:
+        handles += [block.register_forward_pre_hook(before, with_kwargs=True) for block in dict.fromkeys(expected)]
 
     def states() -> list[list[Tensor]]:
         if [id(module) for module, _, _ in calls] != [id(block) for block in expected]:
@@ -288,6 +318,13 @@ def _watched(blocks: list[list[nn.Module]]) -> Iterator[Callable[[], list[list[T
                 f"penalties: {len(expected)} blocks were expected to run one after another, once each; {len(calls)} "
                 "calls came, or in another order. Give sections= as the model runs them, and a loss that runs it once"
             )
+        for block, state, version in kept if again else ():
+            if isinstance(state, Tensor) and state._version != version:
+                raise ValueError(
+                    f"penalties: a state before or after {type(block).__name__} was changed in place, by it or by what "
+                    "comes after it, so its branch would run once more on another one; use the operation that gives a "
+                    "new tensor"
+                )
         left = iter(calls)
         paths = [[next(left) for _ in section] for section in blocks]
         return [[*(before for _, before, _ in path), path[-1][2]] for path in paths]
