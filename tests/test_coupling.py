@@ -399,12 +399,36 @@ def test_what_cannot_be_coupled_is_refused() -> None:
     block = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="one and the same or have tied parameters"):
         couple_gradients_([block, block], 0.5)
-    blocks = layers(2)
-    blocks[0][0].weight.grad = torch.ones(5, 5)
-    with pytest.raises(ValueError, match="1 of 2 blocks have a gradient"):
-        couple_gradients_(blocks, 0.5)
+    norms = [nn.Sequential(nn.BatchNorm1d(3)) for _ in range(2)]
+    for function in (achieved_sharing, partial(couple_gradients_, strength=0.5)):
+        with pytest.raises(ValueError, match="blocks of Sequential have no parameters to couple with 'weights'"):
+            function(norms)
+    for function in (achieved_sharing, tied, partial(couple_gradients_, strength=0.5)):
+        with pytest.raises(ValueError, match="unknown couple 'alll'; did you mean 'all'"):
+            function(layers(2), couple="alll")
     with pytest.raises(ValueError, match="coupling has 3 strengths, the network 2 sections"):
         Coupling((0.1, 0.2, 0.3)).after_backward(network(), 0.0)
+
+
+def test_gradients_that_cannot_be_coupled_are_left_as_they_are() -> None:
+    """All of them, so that whoever mends the last and tries again does not mix the first twice."""
+    blocks, lacking = layers(2), [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2)]
+    for number, block in enumerate((*blocks, *lacking)):
+        for p in block.parameters():
+            p.grad = torch.full_like(p, number)
+    blocks[1][-1].bias.grad = None
+    lacking[1][1].running_mean = None
+    before = [copy.deepcopy([p.grad for p in block.parameters()]) for block in (*blocks, *lacking)]
+    with pytest.raises(ValueError, match="1 of 2 blocks have a gradient; couple blocks that all ran"):
+        couple_gradients_(blocks, 0.5)
+    with pytest.raises(ValueError, match=r"'1\.running_mean' has shape"):
+        couple_gradients_(lacking, 0.5, couple="all")
+    after = [[p.grad for p in block.parameters()] for block in (*blocks, *lacking)]
+    assert all(
+        a is b is None or torch.equal(a, b)
+        for ours, theirs in zip(before, after, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_the_command_couples_blocks_of_steps_from_equal_weights(tmp_path: Path) -> None:

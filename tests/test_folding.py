@@ -63,6 +63,11 @@ def test_what_cannot_be_folded_is_refused() -> None:
         fold_coupled(ResNet(ResNetConfig(channels=1)).train(), DATA)
     with pytest.raises(ValueError, match="at least 2 blocks"):
         fold_coupled(ResNet(ResNetConfig(blocks=(1, 1), widths=(4, 4), channels=1)).eval(), DATA)
+    for norm in ("batch", "none"):
+        with pytest.raises(ValueError, match="unknown couple 'alll'; did you mean 'all'"):
+            fold_coupled(
+                ResNet(ResNetConfig(blocks=(2,), widths=(4,), channels=1, norm=norm)).eval(), DATA, couple="alll"
+            )
 
 
 def test_the_command_writes_a_network_that_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

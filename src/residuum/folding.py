@@ -47,7 +47,7 @@ def fold_coupled(
 
     Raises:
         ValueError: If the model is in training mode, shares weights already, or has no section of two blocks; if it has
-            group norm, of which there is one for all places of a block only.
+            group norm, of which there is one for all places of a block only; if `couple` is unknown.
 
     Source: P0 (Lippl et al. 2024): a coupled network as a recurrent one; the mean and its cost are ours.
     """
@@ -61,7 +61,7 @@ def fold_coupled(
             "fold_coupled: with couple 'weights' every place of a block keeps its own norm, which only batch norm can; "
             "this network has group norm: give couple='all' (--norms)"
         )
-    couple = "all" if norm == "none" else couple  # the same, where there is no norm
+    couple = "all" if (norm, couple) == ("none", "weights") else couple  # the same, where there is no norm
     sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=0)
     new = copy.deepcopy(model)
     alike = []

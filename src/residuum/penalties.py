@@ -205,7 +205,8 @@ def variation(blocks: Sequence[nn.Module]) -> Float[Tensor, ""]:
 
     Source: P3 (Reshniak & Webster), regulariser of example 1, there with the kernels only and without a gradient.
     """
-    rows = alike(blocks, "all", tied=True) if len(blocks) > 1 else []
+    some = len(blocks) > 1 and any(True for block in blocks for _ in block.parameters())
+    rows = alike(blocks, "all", tied=True) if some else []
     return sum(((b - a).square().sum() for row in rows for a, b in pairwise(row)), torch.zeros(())) / len(blocks)
 
 

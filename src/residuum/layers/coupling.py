@@ -13,6 +13,7 @@ from residuum.names import unknown
 from residuum.rates import RATES, Rate
 
 Blocks = Sequence[nn.Module] | nn.ModuleList | nn.Sequential
+_COUPLES = ("weights", "all")
 
 
 @dataclass(frozen=True)
@@ -127,30 +128,29 @@ def couple_gradients_(
         reduce: "mean", or "sum" over blocks in place of the mean.
 
     Raises:
-        ValueError: If the blocks are fewer than two, differ in a parameter's name or shape, are tied already, or some
-            but not all have a gradient; if the strength is not in [0, 1].
+        ValueError: If the blocks are fewer than two, differ in a parameter's name or shape, are tied already, have no
+            parameters to couple, or some but not all have a gradient; if the strength is not in [0, 1]. Nothing has
+            changed then.
 
     Source: P0 (Lippl et al. 2024), soft gradient coupling; a convex combination with the mean is our reconstruction.
     """
     _check(strength, couple, reduce)
-    rows = alike(blocks, couple)
+    rows = [[p.grad for p in row if p.grad is not None] for row in alike(blocks, couple)]
     if strength == 0:
         return
-    for row in rows:
-        gradients = [p.grad for p in row if p.grad is not None]
-        if not gradients:
-            continue
-        if len(gradients) < len(row):
-            raise ValueError(f"{len(gradients)} of {len(row)} blocks have a gradient; couple blocks that all ran")
+    for gradients in rows:  # all before the first is mixed: whoever tries again would mix it twice
+        if 0 < len(gradients) < len(blocks):
+            raise ValueError(f"{len(gradients)} of {len(blocks)} blocks have a gradient; couple blocks that all ran")
+    if couple == "all":
+        _one_statistics_(blocks)
+    for gradients in filter(None, rows):
         pooled = gradients[0].clone()
         for gradient in gradients[1:]:
             pooled += gradient
         if reduce == "mean":
-            pooled /= len(row)
+            pooled /= len(blocks)
         for gradient in gradients:
             gradient.lerp_(pooled, strength)  # at 1 this is `pooled` to the bit
-    if couple == "all":
-        _one_statistics_(blocks)
 
 
 def mix_weights_(blocks: Blocks, common: nn.Module, strength: float, *, couple: str = "weights") -> None:
@@ -222,7 +222,7 @@ def achieved_sharing(blocks: Blocks, *, couple: str = "weights") -> dict[str, An
         Numbers ready for JSON; None where all weights, or their mean, are zero.
 
     Raises:
-        ValueError: If the blocks are fewer than two, or differ in a parameter's name or shape.
+        ValueError: If the blocks are fewer than two, differ in a parameter's name or shape, or have none to couple.
 
     Source: ours; P0 (Lippl et al. 2024), earlier abstract, compares models at equal effective numbers of parameters.
     """
@@ -250,12 +250,17 @@ def alike(blocks: Blocks, couple: str = "weights", *, tied: bool = False) -> lis
         tied: Whether blocks may have a parameter in common.
 
     Raises:
-        ValueError: If the blocks are fewer than two, or differ in a parameter's name or shape; without `tied` also if
-            two are tied.
+        ValueError: If the blocks are fewer than two, differ in a parameter's name or shape, or have none to couple;
+            without `tied` also if two are tied.
     """
     if len(blocks) < 2:
         raise ValueError(f"coupling needs at least 2 blocks; there are {len(blocks)}")
     rows = _rows([_parameters(block, couple) for block in blocks])
+    if not rows:
+        raise ValueError(
+            f"coupling: these blocks of {type(blocks[0]).__name__} have no parameters to couple with {couple!r}; "
+            "'weights' are all but those of norms, 'all' are those too"
+        )
     if not tied and any(len({id(p) for p in row}) < len(row) for row in rows):
         raise ValueError(
             "some of these blocks are one and the same or have tied parameters; there is nothing to couple"
@@ -279,6 +284,8 @@ def _rows(tables: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, ...]]:
 
 def _parameters(block: nn.Module, couple: str) -> dict[str, Tensor]:
     """The parameters of a block that are coupled, by name."""
+    if couple not in _COUPLES:
+        raise unknown("couple", couple, _COUPLES)
     return dict(block.named_parameters()) if couple == "all" else weights_of(block)
 
 
@@ -307,6 +314,6 @@ def _mean(row: Sequence[Tensor]) -> Tensor:
 def _check(strength: float, couple: str, reduce: str) -> None:
     if not 0 <= strength <= 1:
         raise ValueError(f"coupling strength is {strength}; it must lie in [0, 1]")
-    for name, given, known in (("couple", couple, ("weights", "all")), ("reduce", reduce, ("mean", "sum"))):
+    for name, given, known in (("couple", couple, _COUPLES), ("reduce", reduce, ("mean", "sum"))):
         if given not in known:
             raise unknown(name, given, known)
