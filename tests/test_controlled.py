@@ -199,6 +199,7 @@ def weighted(*layers: nn.Module, size: tuple = ()) -> Tensor:
         (lambda: weighted(nn.Conv2d(2, 2, 3), size=(6, 6)), "a branch keeps the shape of the state"),
         (lambda: weighted(nn.Conv2d(2, 2, 3, padding=1)), "rows and columns of the map"),
         (lambda: Controlled([copy.deepcopy(weighted(nn.Linear(2, 2)).layers[0])]), "limited already"),
+        (lambda: weighted(*[nn.Linear(3, 3)] * 2), "a layer stands twice among these layers; give a copy"),
         (lambda: spectrum_of(Theta(1.0), 0.0, 1.0, 1.2), "above -0, which no finite spectrum reaches"),
         (lambda: spectrum_of(Theta(0.5), -1.0, 0.0, 1.0), "for theta = 0.5 above -1"),
         (lambda: spectrum_of(Theta(), 0.5, 0.2, 1.0), "must be in this order"),
@@ -208,3 +209,23 @@ def weighted(*layers: nn.Module, size: tuple = ()) -> Tensor:
 def test_what_is_wrong_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_layers_that_cannot_be_controlled_are_left_as_they_are() -> None:
+    limited = weighted(nn.Linear(3, 3)).layers[0].train()
+    before = copy.deepcopy(limited.state_dict())
+    conv, wide, first = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3), nn.Linear(3, 3)
+    for layers, size in (([first, limited], ()), ([first, nn.Linear(3, 4)], ()), ([conv, wide], (6, 6))):
+        with pytest.raises(ValueError, match=r"limited already|keeps the shape of the state"):
+            Controlled(layers, size=size)
+    assert type(first) is nn.Linear
+    assert type(conv) is type(wide) is nn.Conv2d
+    assert all(torch.equal(value, limited.state_dict()[name]) for name, value in before.items())
+    Controlled([first])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_slope_has_the_precision_of_the_state(dtype: torch.dtype) -> None:
+    f = Controlled([nn.Linear(3, 3, dtype=dtype), nn.Tanh()])
+    assert f(torch.randn(2, 3, dtype=dtype)).dtype == dtype
+    assert {p.dtype for p in f.parameters()} == {dtype}

@@ -296,8 +296,10 @@ def test_what_cannot_be_limited_is_refused() -> None:
         limit_(conv, 1.0, (3, 3))
     limit_(conv, 1.0, (6, 6))
     conv(torch.randn(1, 2, 5, 6))
-    with pytest.raises(ValueError, match=r"limited on maps of size \(6, 6\), given one of \(7, 6\)"):
-        conv(torch.randn(1, 2, 7, 6))
+    conv(input=torch.randn(1, 2, 5, 6))
+    for call in (conv, lambda x: conv(input=x)):
+        with pytest.raises(ValueError, match=r"limited on maps of size \(6, 6\), given one of \(7, 6\)"):
+            call(torch.randn(1, 2, 7, 6))
     with pytest.raises(ValueError, match="padding_mode is 'circular'"):
         limit_(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), 1.0, (6, 6))
     with pytest.raises(ValueError, match="uneven; give numbers"):
@@ -306,8 +308,12 @@ def test_what_cannot_be_limited_is_refused() -> None:
         clip_(nn.BatchNorm2d(2, affine=False))
     norm = nn.BatchNorm2d(2)
     clip_(norm)
-    with pytest.raises(ValueError, match="clipped already"):
-        clip_(norm)
+    normed = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(2), dim=None)
+    for module in (norm, normed):
+        with pytest.raises(
+            ValueError, match="limited already, or its weight is parametrized otherwise; export the network"
+        ):
+            clip_(module)
     for function in (limits, export):
         with pytest.raises(ValueError, match=r"needs model\.eval\(\)"):
             function(nn.Sequential(conv).train())

@@ -265,6 +265,21 @@ def test_says_what_is_wrong(call, message: str) -> None:
         call()
 
 
+def test_blocks_that_cannot_be_shared_are_left_as_they_are() -> None:
+    blocks = [Cell(), Cell(norm=False)]
+    with pytest.raises(ValueError, match="Cell has no batch norm to unshare"):
+        share(blocks, (0, 0, 1, 1), statistics="unshared", gamma=0.1)
+    assert blocks[0].inner[1].weight.tolist() == [1.0] * 4
+
+
+def test_clipped_norms_share_both_or_none() -> None:
+    block = Cell()
+    clip_(block.inner[1])
+    with pytest.raises(ValueError, match="shares one of statistics and affine cannot be clipped; share both or none"):
+        share([block], (0, 0), affine="unshared")
+    assert share([block], (0, 0), affine="unshared", statistics="unshared")[1] is not block
+
+
 # Loops ---------------------------------------------------------------------------------------------------------------
 
 

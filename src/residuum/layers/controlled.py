@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from residuum.layers.lipschitz import limit_
+from residuum.layers.lipschitz import attach_, limit_of
 from residuum.spectra import map_size
 
 # Largest slopes of activations; those of GELU and SiLU, 1.129 and 1.0998, are rounded up.
@@ -62,8 +62,8 @@ class Controlled(nn.Module):
         size: Rows and columns of the state; () for vectors.
 
     Raises:
-        ValueError: If a layer has no bound, is limited already or would overwrite the state, none has weights, or the
-            shape of the state changes.
+        ValueError: If a layer has no bound, is limited already, stands there twice or would overwrite the state, none
+            has weights, or the shape of the state changes. No layer is limited then.
 
     Source: P3 (Reshniak & Webster), extended version.
     """
@@ -75,15 +75,18 @@ class Controlled(nn.Module):
         self.layers, self.spectrum = nn.Sequential(*layers), spectrum or Spectrum()
         self.slope = _slope(self.layers)
         linear = [layer for layer in self.layers if isinstance(layer, nn.Conv2d | nn.Linear)]
-        width, now = _widths(linear[0])[0], tuple(size)
+        if len(set(linear)) < len(linear):
+            raise ValueError("controlled: a layer stands twice among these layers; give a copy (copy.deepcopy) of it")
+        width, now, like = _widths(linear[0])[0], tuple(size), linear[0].weight.detach()
+        limits = [limit_of(layer, 1.0, now) for layer in linear]  # all before the first is put on its layer
         keep = (map_size(layer, now) == now for layer in linear if isinstance(layer, nn.Conv2d) and now)
         if width != _widths(linear[-1])[1] or not all(keep):
             raise ValueError("controlled: a branch keeps the shape of the state; these layers change it, or its size")
-        for layer in linear:
-            limit_(layer, 1.0, now)
+        for layer, limit in zip(linear, limits, strict=True):
+            attach_(layer, limit)
         if self.spectrum.learned:
-            self.ends = nn.Parameter(torch.zeros(2))
-            self.factor = nn.Parameter(torch.zeros(width, *(1,) * len(size)))
+            self.ends = nn.Parameter(like.new_zeros(2))
+            self.factor = nn.Parameter(like.new_zeros(width, *(1,) * len(size)))
 
     def disc(self) -> tuple[Float[Tensor, ""] | float, Float[Tensor, ""] | float]:
         """a and b, as they are now."""

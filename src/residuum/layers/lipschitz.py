@@ -73,18 +73,32 @@ def limit_(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = 
     Source: P0 (Lippl et al. 2024), Lipschitz constraint; mechanics after Gouk et al. (2018) and Behrmann et al. (2019),
     with the norm of the operator in place of that of the kernel.
     """
+    attach_(module, limit_of(module, bound, size))
+
+
+def limit_of(module: nn.Module, bound: float, size: tuple[int, int] | tuple[()] = ()) -> "Limited":
+    """The limit that `limit_` puts on a module, which is not changed; refuses what it refuses."""
     if not 0 < bound < float("inf"):
         raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
+    _check_plain(module)
+    return Limited(module, bound, size)
+
+
+def attach_(module: nn.Module, limit: "Limited") -> None:
+    """Put a limit that was made for it on a module."""
+    parametrize.register_parametrization(module, "weight", limit)
+    if limit.size:
+        hook = partial(_refuse_larger, limit.size)
+        hook.only_looks = True  # so that a chain with it still has a bound
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _check_plain(module: nn.Module) -> None:
     if parametrize.is_parametrized(module, "weight"):
         raise ValueError(
             f"this {type(module).__name__} is limited already, or its weight is parametrized otherwise; export the "
             "network, or remove the parametrization, first"
         )
-    parametrize.register_parametrization(module, "weight", Limited(module, bound, size))
-    if size:
-        hook = partial(_refuse_larger, tuple(size))
-        hook.only_looks = True  # so that a chain with it still has a bound
-        module.register_forward_pre_hook(hook)
 
 
 class Limited(nn.Module):
@@ -228,14 +242,14 @@ def clip_(norm: nn.Module, bound: float = 1.0) -> None:
     """Clip the scale of a batch norm, so that its map in eval mode has a norm of at most a bound; see `Clipped`.
 
     Raises:
-        ValueError: If it has no scale or no running variance, is clipped already, or the bound is not above 0.
+        ValueError: If it has no scale or no running variance, the scale is clipped or parametrized already, or the
+            bound is not above 0.
     """
     if not 0 < bound < float("inf"):
         raise ValueError(f"the bound of a limit is {bound}; it must be above 0")
     if not isinstance(norm, BATCH_NORMS) or norm.running_var is None or norm.weight is None:
         raise ValueError(f"clip_ needs a batch norm with scale and running variance, given {norm}")
-    if parametrize.is_parametrized(norm, "weight"):
-        raise ValueError(f"this {type(norm).__name__} is clipped already")
+    _check_plain(norm)
     parametrize.register_parametrization(norm, "weight", Clipped(norm, bound))
 
 
@@ -321,7 +335,7 @@ def _make_plain_(module: nn.Module) -> None:
     module.weight = nn.Parameter(weight, requires_grad=trains)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _refuse_larger]:
-        del hooks[key]
+        del hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def _scale_to_(module: nn.Module, limit: Limited) -> None:
@@ -333,9 +347,9 @@ def _scale_to_(module: nn.Module, limit: Limited) -> None:
                 module.weight.mul_(scale * (1 - 2 * torch.finfo(module.weight.dtype).eps))
 
 
-def _refuse_larger(limited: tuple[int, int], module: nn.Module, given: tuple[Tensor, ...]) -> None:
+def _refuse_larger(limited: tuple[int, int], module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
     """A norm on larger maps can be above the bound; on smaller ones it cannot."""
-    *_, rows, columns = given[0].shape
+    *_, rows, columns = (*given, *named.values())[0].shape
     if rows > limited[0] or columns > limited[1]:
         raise ValueError(
             f"this convolution is limited on maps of size {limited}, given one of {(rows, columns)}; limit it on that"

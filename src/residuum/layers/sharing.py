@@ -3,8 +3,9 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -96,8 +97,8 @@ def share(
         gamma: Scale with which batch norms of blocks that are applied several times begin; None: as it is.
 
     Raises:
-        ValueError: If the pattern names a block that is not there or leaves one out, or if batch norms are to be
-            unshared in a block that has none.
+        ValueError: If the pattern names a block that is not there or leaves one out, if batch norms are to be unshared
+            in a block that has none, or clipped ones to share their statistics alone. No block has changed then.
 
     Source: P1 (Jastrzebski et al. 2018), section 4.5.
     """
@@ -105,15 +106,13 @@ def share(
     _check_kinds(statistics, affine)
     if set(times) != set(range(len(blocks))):
         raise ValueError(f"share: the pattern {tuple(pattern)} must name each of the {len(blocks)} blocks, from 0")
-    applications: dict[int, Iterator[nn.Module]] = {}
+    made: dict[int, list[nn.Module]] = {}
     for number, block in enumerate(blocks):
-        if times[number] == 1:
-            applications[number] = iter([block])
-            continue
-        made = _applications(block, times[number], statistics, affine)
-        for application in made if gamma is not None else ():
-            scale_norms_(application, gamma)
-        applications[number] = iter(made)
+        if times[number] > 1:
+            made[number] = _applications(block, times[number], statistics, affine)
+    for application in chain(*made.values()) if gamma is not None else ():  # when all are made: none may be refused
+        scale_norms_(application, gamma)
+    applications = {number: iter(made.get(number, [block])) for number, block in enumerate(blocks)}
     return as_list(next(applications[number]) for number in pattern)
 
 
@@ -141,6 +140,10 @@ def _for_each(norm: nn.Module, times: int, statistics: str, affine: str) -> list
     if statistics == "unshared":
         others = [own_statistics(norm) if affine == "shared" else copy.deepcopy(norm) for _ in range(times - 1)]
         return [norm, *others]
+    if parametrize.is_parametrized(norm):
+        raise ValueError(
+            "share: batch norm that shares one of statistics and affine cannot be clipped; share both or none"
+        )
     # Buffers that two modules share part when the network moves to another device; so the module is shared.
     plain = copy.deepcopy(norm)
     plain.affine, plain.weight, plain.bias = False, None, None
