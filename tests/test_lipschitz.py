@@ -21,7 +21,7 @@ from residuum.loading import load_model
 from residuum.models import ResNet, ResNetConfig
 from residuum.nulls import calibrate_
 from residuum.results import write_run
-from residuum.spectra import certificate, chain_bound, guaranteed_norm, operator_norm
+from residuum.spectra import certificate, chain_bound, guaranteed_norm, linear_part, operator_norm
 from residuum.training import TrainConfig, train
 
 KINDS = [
@@ -491,6 +491,25 @@ def test_what_comes_after_a_limit_is_told() -> None:
     for function in (limits, export):
         with pytest.raises(ValueError, match="a limit is followed by Doubled on the same weight"):
             function(model)
+
+
+@pytest.mark.parametrize("make", [partial(nn.Linear, 30, 30), partial(nn.Conv2d, 2, 2, 3)], ids=["linear", "conv"])
+def test_to_look_at_a_limited_part_in_training_mode_is_refused_and_does_not_move_it(make: partial) -> None:
+    model = nn.Sequential(make())
+    size = (6, 6) if isinstance(model[0], nn.Conv2d) else ()
+    limit_(model[0], 0.5, size)
+    model.eval()
+    model[0].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for function in (limits, export):
+        with pytest.raises(ValueError, match=r"needs model\.eval\(\): 0 is in training mode"):
+            function(model)
+    for function in (operator_norm, guaranteed_norm, linear_part):
+        with pytest.raises(ValueError, match="each look at a limited weight in training mode changes it; use eval"):
+            function(model[0], size)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    norm = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))  # which no look changes
+    assert float(operator_norm(norm).value) == pytest.approx(true_norm(norm, ()), rel=1e-6)
 
 
 def test_frozen_weights_are_exported_frozen() -> None:

@@ -179,6 +179,12 @@ def test_bad_input_is_refused() -> None:
         linear_part(nn.ReLU())
     with pytest.raises(ValueError, match="padding_mode is 'circular'"):
         certificate(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (4, 4))
+    wave = nn.Conv2d(2, 2, 3, dtype=torch.complex64), (4, 4)
+    for function in (operator_norm, certificate, guaranteed_norm, linear_part):
+        with pytest.raises(ValueError, match="norms are for real weights; those of this Conv2d are complex"):
+            function(*wave)
+    with pytest.raises(ValueError, match="those of this Linear are complex"):
+        operator_norm(nn.Linear(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="no running variance"):
         batch_norm_norm(nn.BatchNorm2d(2, track_running_stats=False))
     operator = matrix(torch.eye(2))

@@ -117,13 +117,16 @@ def _pull(out: Tensor, of: Tensor, weights: Tensor, *, create_graph: bool = Fals
 
 
 def linear_part(module: nn.Module, size: tuple[int, ...] = ()) -> Operator:
-    """A convolution on maps of a size (any stride, padding, groups), or a linear module, without bias; one example."""
+    """A convolution on maps of a size (any stride, padding, groups), or a linear module, without bias; one example.
+
+    Raises:
+        ValueError: As `operator_norm`.
+    """
     _check(module, size)
     width = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     bias = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
-    return value_and_jacobian(lambda v: functional_call(module, bias, (v,)), module.weight.new_zeros(1, width, *size))[
-        1
-    ]
+    at = module.weight.new_zeros(1, width, *size)
+    return value_and_jacobian(lambda v: functional_call(module, bias, (v,)), at)[1]
 
 
 def operator_norm(
@@ -139,6 +142,10 @@ def operator_norm(
         size: Rows and columns of the convolution's map; () for nn.Linear.
         tolerance: Residual relative to the value at which the iteration ends.
         products: Most vector products to spend; if they do not suffice the residual says so.
+
+    Raises:
+        ValueError: If the module is something else (also of a class whose forward is not torch's), its weight is
+            complex, or limited in training mode, where each look changes it; if the size does not fit.
 
     Source: Golub & Kahan (1965); P0 (Lippl et al. 2024) limits this norm.
     """
@@ -428,6 +435,11 @@ def _check(module: nn.Module, size: tuple[int, ...]) -> None:
             f"norms are for nn.Conv2d and nn.Linear with torch's own forward; {type(module).__name__} has another, so "
             "the norm of its weight says nothing about it"
         )
+    for name, chain in module.parametrizations.items() if is_parametrized(module) else ():
+        if chain.training and next(chain.buffers(), None) is not None:
+            raise ValueError(f"norms: each look at a limited {name} in training mode changes it; use eval()")
+    if module.weight.is_complex():
+        raise ValueError(f"norms are for real weights; those of this {type(module).__name__} are complex")
     needed = 2 if isinstance(module, nn.Conv2d) else 0
     if len(size) != needed or min(size, default=1) < 1:
         what = "rows and columns of the map, such as (28, 28)" if needed else "()"

@@ -265,10 +265,10 @@ def limits(model: nn.Module) -> dict[str, dict[str, float | bool]]:
         training mode just before it was converged, relative to the bound.
 
     Raises:
-        ValueError: If the model is in training mode, or a limited weight has been parametrized once more.
+        ValueError: If the model or a limited part of it is in training mode, or a limited weight has been parametrized
+            once more.
     """
-    if model.training:
-        raise ValueError("limits needs model.eval(): in training mode the norms are still followed, not converged")
+    _check_eval("limits", model)
     found = {}
     for name, module in model.named_modules():
         limit = _limit(module)
@@ -308,10 +308,10 @@ def export(model: nn.Module) -> nn.Module:
             of its configuration: `copy.config = replace(copy.config, limit=None)`.
 
     Raises:
-        ValueError: If the model is in training mode, or a limited weight has been parametrized once more.
+        ValueError: If the model or a limited part of it is in training mode, or a limited weight has been parametrized
+            once more.
     """
-    if model.training:
-        raise ValueError("export needs model.eval(): in training mode the norms are still followed, not converged")
+    _check_eval("export", model)
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         limit = _limit(module)
@@ -321,6 +321,16 @@ def export(model: nn.Module) -> nn.Module:
         elif parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Clipped):
             _make_plain_(module)
     return model
+
+
+def _check_eval(what: str, model: nn.Module) -> None:
+    """Refuse a model in training mode, also where a limited part alone is."""
+    for name, module in model.named_modules():
+        if module.training and (module is model or _limit(module) is not None):
+            raise ValueError(
+                f"{what} needs model.eval(): {name or type(model).__name__} is in training mode, where norms are still "
+                "followed, not converged"
+            )
 
 
 def _make_plain_(module: nn.Module) -> None:
