@@ -1,6 +1,7 @@
 """Spectra: norms equal dense decompositions, bounds hold, estimates stay below and say how far they are."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -372,6 +373,27 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(J.adjoint(u), K.adjoint(u))
     assert net(h).dtype == dtype
     assert net.double()(h.double()).dtype == widened(net)(h.double()).dtype == torch.float64
+
+
+def _tripled(h: Tensor) -> Tensor:
+    a = h.to(torch.bfloat16)
+    a.mul_(3.0)
+    return a
+
+
+def _filled(h: Tensor) -> Tensor:
+    a = torch.zeros(len(h), 2, dtype=torch.bfloat16)
+    a[:, 0] = 7 * h[:, 0]
+    a[:, 1].copy_(h[:, 1])
+    return a
+
+
+@pytest.mark.parametrize(("f", "factors"), [(_tripled, [3.0, 3.0]), (_filled, [7.0, 1.0])])
+def test_what_is_written_in_place_to_tensors_of_low_precision_counts(f: Callable, factors: list[float]) -> None:
+    out, J = value_and_jacobian(f, torch.ones(1, 2, dtype=torch.bfloat16))
+    assert out.dtype == torch.float32
+    for found in (out, J.apply(torch.ones(1, 2)), J.adjoint(torch.ones(1, 2))):
+        assert found.tolist() == [factors]
 
 
 def test_jacobians_of_constants_and_of_the_identity() -> None:

@@ -85,7 +85,8 @@ def widened(f: Map) -> Map:
     """A map that does in float32 what it would do in bfloat16 or float16, with the weights that it has.
 
     The derivatives of a map that rounds to 3 digits at every step are known to 2 or 3 digits only, and a Krylov method
-    on them measures the rounding. Nothing is copied or changed: tensors are converted where an operation reads them.
+    on them measures the rounding. Nothing that the map has is copied or changed: tensors are converted where an
+    operation reads or makes them, so what is written in place to a tensor that the map has made is not lost on a copy.
     """
 
     def wide(h: Tensor) -> Tensor:
@@ -96,10 +97,10 @@ def widened(f: Map) -> Map:
 
 
 class _Wide(TorchFunctionMode):
-    """Operations read bfloat16 and float16 tensors as float32."""
+    """Operations read bfloat16 and float16 tensors as float32, and give float32 in their place."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return function(*_wide(args), **{name: _wide(value) for name, value in (kwargs or {}).items()})
+        return _wide(function(*_wide(args), **{name: _wide(value) for name, value in (kwargs or {}).items()}))
 
 
 def _wide(given: Any) -> Any:
