@@ -1,6 +1,8 @@
 """Null models: batch norm set by one cumulative pass, fresh weights for any model that can be reset, and the theory."""
 
 import copy
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import oracles
 from conftest import MODELS
 from residuum.indices import indices
 from residuum.models import ResNet, ResNetConfig, count_parameters
-from residuum.nulls import NoNullModel, calibrate_, null_model, null_theory
+from residuum.nulls import NoNullModel, calibrate_, null_model, null_theory, recalibrated
 from residuum.probes import passive, perturbation
 from residuum.profiles import profile
 
@@ -154,6 +156,78 @@ def test_parameters_that_nobody_resets_are_named() -> None:
     assert torch.equal(model.gain, torch.ones(2))
     with pytest.raises(NoNullModel, match="among them class_token"):
         null_model(MODELS["torchvision vit"].build()[0], [], seed=0)
+
+
+def test_a_network_with_other_layers_than_it_was_made_with_has_no_null_model() -> None:
+    """The one that it would make gives 10 outputs for its 3."""
+    own = ResNet(ResNetConfig(blocks=(1,), widths=(4,), channels=1, classes=10)).eval()
+    own.dense = nn.Linear(4, 3)
+    foreign = MODELS["hf vit"].build()[0]
+    head = next(
+        name for name, module in foreign.named_modules() if isinstance(module, nn.Linear) and name[:4] != "vit."
+    )
+    setattr(foreign, head, nn.Linear(foreign.get_submodule(head).in_features, 77))
+    for model in (own, foreign):
+        with pytest.raises(NoNullModel, match="or given other layers since it was made"):
+            null_model(model, [], seed=0)
+
+
+class Numbered(nn.Module):
+    """With a parameter of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.ids = nn.Linear(2, 2), nn.Parameter(torch.arange(3), requires_grad=False)
+
+
+def of_another_argument() -> nn.Module:
+    """A Hugging Face network whose class is not made from its configuration alone."""
+    model = MODELS["gpt2"].build()[0]
+
+    class Other(type(model)):
+        def __init__(self, config: object, tokens: int) -> None:
+            super().__init__(config)
+
+    return Other(model.config, 3)
+
+
+def normed() -> nn.Module:
+    """Old-style weight norm keeps the weight of its last forward, which torch does not copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4))
+    model(torch.randn(8, 3))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Numbered, "parameters that are whole numbers have no fresh values: ids"),
+        (of_another_argument, r"Other\(config\) fails: TypeError: .*'tokens'"),
+        (normed, "parameters of Sequential belong to modules without reset_parameters, among them 0.weight_g"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), Uncopied()), "a copy of Sequential fails: TypeError: not copied"),
+    ],
+)
+def test_whatever_fails_is_why_there_is_no_null_model(make: Callable[[], nn.Module], message: str) -> None:
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NoNullModel, match=message):
+        null_model(model, [], seed=0)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+class Uncopied(nn.Module):
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        raise TypeError("not copied")
+
+
+def test_weights_that_the_last_forward_left_are_recalibrated_as_copies() -> None:
+    model, x = normed(), torch.randn(8, 3)
+    kept = model[0].weight
+    found = recalibrated(model, [(x, None)])
+    assert model[0].weight is kept
+    torch.testing.assert_close(found[1].running_mean, model[0](x).mean(0))
 
 
 def test_attention_is_reset_although_its_method_has_an_underscore() -> None:

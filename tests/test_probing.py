@@ -74,6 +74,14 @@ def test_what_was_measured_is_kept_where_a_reset_fails() -> None:
     assert "state_norm" in found.profile.measures
 
 
+def test_what_was_measured_is_kept_where_parameters_are_whole_numbers() -> None:
+    model = Net(nn.Identity)
+    model.ids = nn.Parameter(torch.arange(3), requires_grad=False)
+    found = probed(model, "state_norm")
+    assert found.initial_reason.endswith("parameters that are whole numbers have no fresh values: ids")
+    assert "state_norm" in found.profile.measures
+
+
 def test_a_fresh_of_the_network_that_fails_is_a_reason_too() -> None:
     class Own(Net):
         def fresh(self) -> nn.Module:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -515,6 +516,46 @@ def test_unsharing_statistics_changes_nothing_by_itself(kind: Sharing, folded: b
     assert len({id(norm) for block in blocks for norm in batch_norms(block).values()}) == 6
     alone = unshare_statistics(Loop(Cell(), 3))
     assert len({id(block.inner[1]) for block in alone.applications()}) == 3
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda loop: nn.Sequential(loop, loop),
+        lambda loop: nn.ModuleDict({"a": loop, "b": loop}),
+        lambda loop: nn.ModuleDict({"a": nn.Sequential(loop), "b": nn.ModuleDict({"c": loop})}),
+        lambda loop: nn.Sequential(*[nn.Sequential(loop)] * 2),
+        lambda loop: Loop(nn.Sequential(loop), 2),
+    ],
+    ids=["list", "names", "depths", "twice", "loop of loops"],
+)
+def test_every_place_of_a_module_has_its_statistics(around: Callable) -> None:
+    model = around(Loop(Cell(), 2))
+    unshared = unshare_statistics(model)
+    norms = [m for m in unshared.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert len(norms) == len({id(norm.running_mean) for norm in norms}) == 4
+    assert len({id(norm.weight) for norm in norms}) == 1
+    assert len(list(unshared.parameters())) == len(list(model.parameters()))
+    assert len([m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]) == 1
+
+
+def test_applications_that_only_a_forward_knows_are_not_recalibrated_one_by_one() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = Cell()
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.cell(self.cell(h))
+
+    model, data = Again().eval(), [(torch.randn(8, 4), None)]
+    with pytest.raises(
+        ValueError, match=r"runs cell\.inner\.1 several times from one place, .* or give per_application"
+    ):
+        recalibrated(model, data)
+    found = recalibrated(model, data * 2, per_application=False)
+    assert not found.cell.inner[1]._forward_pre_hooks
+    assert recalibrated(nn.Sequential(model.cell, model.cell), data * 2)[1].inner[1] is not found.cell.inner[1]
 
 
 def test_both_numbers_of_a_recalibration_are_in_the_history() -> None:

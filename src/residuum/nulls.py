@@ -3,7 +3,8 @@
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from residuum.calls import call_model, cuda_devices, evaluating
 from residuum.layers.held import held
-from residuum.layers.sharing import BATCH_NORMS, unshare_statistics
+from residuum.layers.sharing import BATCH_NORMS, batch_norms, copied, unshare_statistics
 from residuum.names import one_line
 
 
@@ -96,7 +97,7 @@ def recalibrated(
 
     A block that is applied many times with one batch norm is trained with the statistics of each application, but
     evaluated with their running mixture. In the copy each application has statistics of its own, with the scales and
-    shifts and all other weights tied as in the model.
+    shifts and all other weights tied as in the model; applications are those of `unshare_statistics`.
 
     Args:
         model: The network; it is not changed.
@@ -104,15 +105,41 @@ def recalibrated(
         per_application: False: statistics are estimated anew, but applications that share them still do.
 
     Raises:
-        ValueError: If there are statistics to set and no batches.
+        ValueError: If there are statistics to set and no batches; with `per_application`, if a forward still runs one
+            batch norm several times.
         NoNullModel: If an InstanceNorm has running statistics.
 
     Source: ours, a diagnostic of the overfitting that P1 (Jastrzebski et al. 2018), section 4.5, reports of shared
     networks.
     """
-    found = unshare_statistics(model) if per_application else copy.deepcopy(model)
-    calibrate_(found, batches)
+    found = unshare_statistics(model) if per_application else copied(model)
+    with _each_once(found) if per_application else nullcontext():
+        calibrate_(found, batches)
     return found
+
+
+@contextmanager
+def _each_once(model: nn.Module) -> Iterator[None]:
+    """Within it a forward of the model is refused that runs a batch norm with statistics a second time."""
+    norms = {norm: name for name, norm in batch_norms(model).items() if norm.running_mean is not None}
+    ran: set[nn.Module] = set()
+
+    def run(norm: nn.Module, _: Any) -> None:
+        if norm in ran:
+            raise ValueError(
+                f"recalibrated: a forward runs {norms[norm] or 'the batch norm'} several times from one place, so its "
+                "applications cannot have statistics of their own; let them be a Loop or places of a list, or give "
+                "per_application=False"
+            )
+        ran.add(norm)
+
+    handles = [model.register_forward_pre_hook(lambda *_: ran.clear())]
+    handles += [norm.register_forward_pre_hook(run) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *, seed: int) -> nn.Module:
@@ -128,8 +155,9 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
         seed: Seed of the weights; the global random state is left alone.
 
     Raises:
-        NoNullModel: If some parameters belong to no module that can reset them, or if what the network or a module
-            of it has for that fails. The message names them.
+        NoNullModel: If some parameters are whole numbers or belong to no module that can reset them, if what the
+            network or a module of it has for that fails, or if the network that it makes has other parameters. The
+            message names them.
     """
     parameters = list(model.parameters())
     with torch.random.fork_rng(devices=cuda_devices(model)):
@@ -137,12 +165,14 @@ def null_model(model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], *
         if hasattr(type(model), "fresh"):
             null = _from_own(f"{type(model).__name__}.fresh({seed})", lambda: model.fresh(seed))
         elif _is_hugging_face(model):
-            null = type(model)(copy.deepcopy(model.config)).to(parameters[0])
+            kind, config = type(model), copy.deepcopy(model.config)
+            null = _from_own(f"{kind.__name__}(config)", lambda: kind(config).to(parameters[0]))
         else:
-            null = _reset(copy.deepcopy(model))
-    if len(list(null.parameters())) != len(parameters):
+            null = _reset(_from_own(f"a copy of {type(model).__name__}", lambda: copied(model)))
+    if [p.shape for p in null.parameters()] != [p.shape for p in parameters]:
         raise NoNullModel(
-            f"there is no null model: this {type(model).__name__} was tied, folded or exported since it was made"
+            f"there is no null model: this {type(model).__name__} was tied, folded, exported or given other layers "
+            "since it was made"
         )
     for ours, theirs in zip(null.parameters(), parameters, strict=True):
         ours.requires_grad_(theirs.requires_grad)
@@ -185,6 +215,9 @@ def _from_own(what: str, make: Callable[[], Any]) -> Any:
 
 def _reset(model: nn.Module) -> nn.Module:
     """Re-initialise in place; what is still nan afterwards belongs to nobody."""
+    whole = [name for name, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if whole:
+        raise NoNullModel(f"there is no null model: parameters that are whole numbers have no fresh values: {whole[0]}")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)

@@ -326,33 +326,29 @@ def _refill_(blocks: nn.ModuleList | nn.Sequential, content: Iterable[nn.Module]
 def unshare_statistics(model: nn.Module) -> nn.Module:
     """A copy in which every application has batch-norm statistics of its own; weights are tied as before.
 
-    Applications are seen where a block stands several times in a ModuleList, a Sequential or a `Loop`; not where a
-    forward calls one block several times. The copy's statistics begin as those of the model.
+    Applications are the places at which a module stands: several in one list, under several names, or in a `Loop`. A
+    forward that calls one block several times is not seen. The copy's statistics begin as those of the model.
     """
-    holder = nn.ModuleList([copy.deepcopy(model)])
-    _unshare_(holder)
-    return holder[0]
+    return _unshared(copied(model), {})
 
 
-def _unshare_(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, Loop):
-            setattr(module, name, loop(_each_with_own_statistics(child.applications())))
-        else:
-            _unshare_(child)
-    if isinstance(module, nn.ModuleList | nn.Sequential):
-        content = _each_with_own_statistics(module)
-        if any(new is not old for new, old in zip(content, module, strict=True)):
-            _refill_(module, content)
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; results kept on modules (old-style weight norm), which torch does not copy, are values in it."""
+    kept = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+    return copy.deepcopy(model, {id(v): v.detach().clone() for v in kept})
 
 
-def _each_with_own_statistics(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks, where a norm that an earlier one has is replaced by one with its own statistics."""
-    met: set[int] = set()
-    content = []
-    for block in blocks:
-        norms = batch_norms(block)
-        again = {name: own_statistics(norm) for name, norm in norms.items() if id(norm) in met}
-        met |= {id(norm) for norm in norms.values()}
-        content.append(with_norms(block, again))
-    return content
+def _unshared(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What stands at the next place of a module: at its first what `made` says then, else that with own statistics."""
+    if module in made:
+        first = made[module]
+        return with_norms(first, {name: own_statistics(norm) for name, norm in batch_norms(first).items()})
+    made[module] = module
+    if isinstance(module, Loop):
+        block, *others = (_unshared(application, made) for application in module.applications())
+        own = others if any(other is not block for other in others) else ()
+        made[module] = Loop(block, module.times, others=own)
+    else:
+        for name, child in module._modules.items():
+            module._modules[name] = child if child is None else _unshared(child, made)
+    return made[module]
