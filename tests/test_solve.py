@@ -581,18 +581,27 @@ NORM = nn.BatchNorm1d(3)
 def test_batch_norm_that_f_uses_is_found_and_not_updated() -> None:
     norm, several = nn.BatchNorm1d(3), {"first": nn.BatchNorm1d(3)}
     each = nn.BatchNorm1d(3, track_running_stats=False).eval()  # has no statistics but the batch's
+    later = nn.BatchNorm1d(3)
+    later.track_running_stats = False  # in training mode it normalises by the batch, in eval mode as before
     maps: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda x: norm(x) / 2,
         partial(lambda x: norm(x) / 2),
         lambda x: several["first"](x) / 2,
         lambda x: NORM(x) / 2,
         lambda x: each(x) / 2,
+        lambda x: later(x) / 2,
     )
     for f in maps:
         with pytest.raises(ValueError, match="BatchNorm1d with statistics of the batch"):
             fixed_point(f, torch.zeros(2, 3), Anderson())
     assert int(norm.num_batches_tracked) == int(NORM.num_batches_tracked) == 0
+    fixed_point(later.eval(), torch.zeros(2, 3), Anderson())
     fixed_point(nn.InstanceNorm1d(3), torch.zeros(2, 3, 4), Anderson())  # of each example by itself
+    counting = nn.InstanceNorm1d(3, track_running_stats=True).eval()
+    fixed_point(counting, torch.zeros(2, 3, 4), Anderson())
+    counting.track_running_stats = False  # it normalises by the example and updates what it has, in eval mode, too
+    with pytest.raises(ValueError, match="InstanceNorm1d with statistics of the batch, which every evaluation"):
+        fixed_point(counting, torch.zeros(2, 3, 4), Anderson())
 
 
 def test_a_tolerance_below_machine_precision_is_refused() -> None:

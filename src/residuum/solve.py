@@ -300,10 +300,9 @@ def of_the_batch(module: nn.Module) -> bool:
     Args:
         module: The module; its parts do not count.
     """
-    if not isinstance(module, _NormBase):
-        return False
-    ties = module.running_mean is None and not isinstance(module, _InstanceNorm)
-    return ties or (module.training and module.track_running_stats)
+    if isinstance(module, _InstanceNorm):  # of each example alone; it updates whatever statistics it has
+        return module.running_mean is not None and (module.training or not module.track_running_stats)
+    return isinstance(module, _NormBase) and (module.training or module.running_mean is None)
 
 
 def _modules(f: object) -> Iterator[nn.Module]:
