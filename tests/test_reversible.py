@@ -126,6 +126,48 @@ def test_gradients_are_those_of_autograd(kind: str) -> None:
         assert torch.equal(stack(x), plain(x))
 
 
+class Each(nn.Module):
+    """A branch for states that are one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.gain * h)
+
+
+class Steady(nn.Module):
+    """A branch whose slope does not depend on the state."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(4), requires_grad=learned)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.slope.expand_as(h)
+
+
+@pytest.mark.parametrize("form", ["two_point", "midpoint"])
+@pytest.mark.parametrize(
+    ("branch", "shape"),
+    [(Each, (5,)), (partial(Steady, True), (3, 4)), (partial(Steady, False), (3, 4))],
+    ids=["one number", "any state", "constant"],
+)
+def test_theta_steps_of_odd_branches_have_the_gradients_of_autograd(
+    branch: Callable, shape: tuple[int, ...], form: str
+) -> None:
+    blocks = [Theta(0.5, dt=0.3, form=form, **TIGHT)(branch()).double() for _ in range(2)]
+    x = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for model in (reversible(blocks), nn.Sequential(*blocks)):
+        given = x.clone().requires_grad_()
+        learned = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(model(given).square().sum(), [given, *learned]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("depth", [1, 8, 64, 256])
 def test_gradients_of_deep_couplings_in_float32(depth: int) -> None:
     blocks = [Coupling(dense(), dense()) for _ in range(depth)]

@@ -412,6 +412,17 @@ def test_starts_have_their_order_and_one_answer(form: str) -> None:
     }
 
 
+@pytest.mark.parametrize("form", ["two_point", "midpoint"])
+def test_states_of_one_number_have_all_starts(form: str) -> None:
+    class Half(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return h / 2
+
+    for start in ("state", "euler", "linearised"):
+        y = Theta(0.5, form=form, solver=EXACT, start=start)(Half())(torch.ones(5, dtype=torch.float64))
+        torch.testing.assert_close(y, torch.full((5,), 1.25 / 0.75, dtype=torch.float64))
+
+
 def test_the_linearised_start_ends_in_half_precision() -> None:
     """Its solve has the tolerance 1e-6, float16 resolves 1e-3; it went on for ever."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from residuum.layers.replays import Key, Record, captured
-from residuum.layers.steps import ThetaBlock
+from residuum.layers.steps import ThetaBlock, rows
 from residuum.solve import ConvergenceError, companion, depends
 from residuum.solve import Record as Solved
 
@@ -82,7 +82,10 @@ class LightRecord(Record):
         slope, _ = captured(f, leaf, number, tensors)
 
         def pull(v: Tensor) -> Tensor:
-            return torch.autograd.grad(slope, leaf, v, retain_graph=True)[0]
+            if not slope.requires_grad:
+                return torch.zeros_like(v)
+            options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            return torch.autograd.grad(slope, leaf, v, **options)[0]  # 0 where the branch ignores its state
 
         return tensors | {_PULL: pull}  # not in `tensors`, which the graph of the slope refers to
 
@@ -111,7 +114,7 @@ class _Solved(Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         pull, step = ctx.ask(), ctx.step
         factor, linear = step.theta * step.dt, step.adjoint or companion(step.solver)
-        z, record = linear.invert(lambda v: factor * pull(v.view(g.shape)).flatten(1), g.flatten(1))
+        z, record = linear.invert(lambda v: factor * rows(pull(v.view(g.shape))), rows(g))
         ctx.records.append(record)
         ctx.records = []  # lets go of it: deep stacks of narrow states would keep more for records than for states
         if not bool(record.converged.all()):

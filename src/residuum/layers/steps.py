@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -196,12 +197,17 @@ def _start(step: Theta, branch: nn.Module, h: Tensor, slope: Tensor | None) -> t
                 at_h = linearise(branch, h)
 
                 def product(v: Tensor) -> Tensor:
-                    return step.theta * step.dt * at_h.push(v.view_as(h)).flatten(1)
+                    return step.theta * step.dt * rows(at_h.push(v.view_as(h)))
 
-                move, record = GMRES().invert(product, step.dt * at_h.value.detach().flatten(1))
+                move, record = GMRES().invert(product, step.dt * rows(at_h.value.detach()))
             return h + move.view_as(h), 1 + record.evaluations
         known = slope is not None
         return torch.add(h, slope if known else applied(branch, h), alpha=step.dt), 0 if known else 1
+
+
+def rows(h: Tensor) -> Float[Tensor, "example n"]:
+    """States as rows; also those of one number each."""
+    return h.unsqueeze(-1).flatten(1)
 
 
 def _without_gradients(branch: nn.Module) -> Callable[[Tensor], Tensor]:
