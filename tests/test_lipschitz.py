@@ -512,6 +512,17 @@ def test_to_look_at_a_limited_part_in_training_mode_is_refused_and_does_not_move
     assert float(operator_norm(norm).value) == pytest.approx(true_norm(norm, ()), rel=1e-6)
 
 
+def test_what_is_parametrized_beside_a_limit_is_exported_as_it_works() -> None:
+    model = nn.Sequential(nn.Linear(3, 3)).eval()
+    limit_(model[0], 0.1)
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    plain, x = export(model), torch.randn(4, 3)
+    assert type(plain[0]) is nn.Linear
+    torch.testing.assert_close(plain(x), model(x), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(plain[0].bias, model[0].bias)
+    nn.Linear(3, 3).load_state_dict(plain[0].state_dict())
+
+
 def test_frozen_weights_are_exported_frozen() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
     for layer in model:

@@ -604,6 +604,25 @@ def test_batch_norm_that_f_uses_is_found_and_not_updated() -> None:
         fixed_point(counting, torch.zeros(2, 3, 4), Anderson())
 
 
+def test_solvers_of_the_other_kind_are_refused_at_the_call() -> None:
+    call, x0 = inspect.unwrap(fixed_point), torch.zeros(2, 3)  # without the tests' own check of the annotations
+    with pytest.raises(TypeError, match=r"GMRES solves no nonlinear equation; give Picard, Anderson|Type-check error"):
+        call(torch.tanh, x0, GMRES())
+    with pytest.raises(
+        TypeError, match=r"Picard is no adjoint, which is linear; give Neumann, Anderson|Type-check error"
+    ):
+        call(torch.tanh, x0, Anderson(), adjoint=Picard())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dense_adjoints_work_in_half_precision(dtype: torch.dtype) -> None:
+    p = torch.full((2, 3), 0.5, dtype=dtype, requires_grad=True)
+    found = fixed_point(lambda x: x / 4 + p, torch.zeros(2, 3, dtype=dtype), Anderson(0.05), adjoint=Dense(0.05))
+    found.value.sum().backward()
+    assert p.grad.dtype == dtype
+    torch.testing.assert_close(p.grad.float(), torch.full((2, 3), 4 / 3), rtol=0.02, atol=0)
+
+
 def test_a_tolerance_below_machine_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Anderson: tol=1.0e-08 is below what torch.float32 can resolve.*6.0e-07"):
         fixed_point(torch.tanh, torch.zeros(2, 3), Anderson(1e-8))

@@ -172,8 +172,9 @@ class Dense:
         b, size = scaled(b)
         units = torch.eye(n, dtype=b.dtype, device=b.device)
         matrix = units - torch.stack([A(unit.expand_as(b)) for unit in units], 2)
-        v, singular = torch.linalg.solve_ex(matrix, b)
-        v = torch.where(singular[:, None] == 0, v, 0)
+        wide = torch.promote_types(b.dtype, torch.float32)  # there are no LU factors in half precision
+        v, singular = torch.linalg.solve_ex(matrix.to(wide), b.to(wide))
+        v = torch.where(singular[:, None] == 0, v, 0).to(b.dtype)
         progress = Progress(b, self.tol, most=_most(self.tol))
         progress.steps += n
         progress.note(b - torch.bmm(matrix, v[:, :, None])[:, :, 0], v)

@@ -109,7 +109,7 @@ def fixed_point(
 
     Raises:
         ConvergenceError: If an example did not converge; from `backward()` if the adjoint did not.
-        TypeError: If f gives no tensor, or x0 is not of floating point.
+        TypeError: If f gives no tensor, x0 is not of floating point, or a solver is of the other kind.
         ValueError: If f gives another shape or precision, holds a batch norm in training mode, or a tolerance is below
             what the precision can resolve.
         NotImplementedError: Under `torch.vmap`, or a jvp inside a jvp; from the pass that asks for third derivatives.
@@ -120,8 +120,7 @@ def fixed_point(
     device = x0.device.type
     dtype = precision(x0)
     adjoint = adjoint or companion(solver)
-    for used in (solver, adjoint):
-        _check_tolerance(used, dtype)
+    _check_solvers(solver, adjoint, dtype)
     forward_mode = forwards()
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     recording = torch.is_grad_enabled() and not (transforms() or forward_mode or hooked)
@@ -265,13 +264,20 @@ def _judge(what: str, solver: Solver | LinearSolver, record: Record, throw: bool
     )
 
 
-def _check_tolerance(solver: Solver | LinearSolver, dtype: torch.dtype) -> None:
+def _check_solvers(solver: Solver, adjoint: LinearSolver, dtype: torch.dtype) -> None:
+    """Refuse solvers of the other kind, and tolerances below the precision."""
     least = 5 * torch.finfo(dtype).eps
-    if solver.tol < least:
-        raise ValueError(
-            f"{type(solver).__name__}: tol={solver.tol:.1e} is below what {dtype} can resolve; give at least "
-            f"{least:.1e} or solve in higher precision"
-        )
+    for used, kind, what in (
+        (solver, Solver, "solves no nonlinear equation; give Picard, Anderson, NewtonKrylov or GradientDescent"),
+        (adjoint, LinearSolver, "is no adjoint, which is linear; give Neumann, Anderson, BiCGStab, GMRES or Dense"),
+    ):
+        if not isinstance(used, kind):
+            raise TypeError(f"fixed_point: {type(used).__name__} {what}")
+        if used.tol < least:
+            raise ValueError(
+                f"{type(used).__name__}: tol={used.tol:.1e} is below what {dtype} can resolve; give at least "
+                f"{least:.1e} or solve in higher precision"
+            )
 
 
 def _check(f: Map, x0: Tensor) -> None:

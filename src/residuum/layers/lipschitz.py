@@ -334,15 +334,19 @@ def _check_eval(what: str, model: nn.Module) -> None:
 
 
 def _make_plain_(module: nn.Module) -> None:
-    """Put the weight as it works in place of the parametrized one.
+    """Put the weight as it works in place of the parametrized one, and whatever else is parametrized there.
 
     Not by torch's `remove_parametrizations`: it takes the weight from the module's class, which a deep copy shares with
     its original, so that the original would break.
     """
-    weight, trains = module.weight.detach().clone(), module.parametrizations.weight.original.requires_grad
+    plain = {
+        name: nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in chain.parameters()))
+        for name, chain in module.parametrizations.items()
+    }
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
-    module.weight = nn.Parameter(weight, requires_grad=trains)
+    for name, p in plain.items():
+        setattr(module, name, p)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _refuse_larger]:
         del hooks[key], module._forward_pre_hooks_with_kwargs[key]
