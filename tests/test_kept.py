@@ -22,7 +22,7 @@ from residuum.experiments.p0_verdicts import AWAY
 from residuum.experiments.p3_runs import PAPER
 from residuum.files import stored
 from residuum.kept import keep, rounded, unpack
-from residuum.reproduce import choose, files_read, keep_runs, kept_runs, stand_ins
+from residuum.reproduce import check_alike, choose, files_read, keep_runs, kept_runs, stand_ins
 from residuum.runs import Finished, Run, execute
 from worlds import as_the_paper, make
 
@@ -270,8 +270,10 @@ def test_runs_on_official_data_and_on_a_file_are_not_mixed(
     monkeypatch.setattr(reproducescreen, "carried_out", lambda *_: pytest.fail("it began"))
     assert main(arguments) == 2
     message = capsys.readouterr().err
-    assert "kept runs read c.npz, SHA-256 " in message
-    assert "in the place of cifar10, this one would read the official cifar10: give --files cifar10=FILE.npz" in message
+    assert "kept runs of p2 read c.npz, SHA-256 " in message
+    assert "in the place of cifar10, another would read the official cifar10: give --files cifar10=FILE.npz" in message
+    other = choose("small", ["p1-3"])  # whose runs are compared with none of p2
+    check_alike(other, here, {}, found)
     for option in ("--list", "--check"):
         assert main([*arguments, option]) == 0
 

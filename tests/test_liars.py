@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from residuum.cutting import cut, cut_all
+from residuum.cutting import _close, cut, cut_all
 from residuum.models import Residual, ResNet, ResNetConfig
 from residuum.schedules import drop
 from residuum.streams import Block, Section, Stream
@@ -662,6 +662,70 @@ def test_what_a_model_keeps_and_its_classes_are_not_touched() -> None:
     assert cut(model, x).lengths == (3,)
     assert torch.equal(model.prototypes, kept)
     assert Watched.seen == ["mine"]
+
+
+class Named(type):
+    def hello(cls) -> float:
+        return 0.5
+
+
+def test_blocks_with_slots_or_a_class_of_their_own_kind_are_cut() -> None:
+    class Slots(Cell):
+        __slots__ = ("unused",)
+
+    class Kind(Cell, metaclass=Named):
+        def forward(self, h: Tensor) -> Tensor:
+            return h + type(self).hello() * torch.tanh(self.inner(h))
+
+    for cell in (Slots, Kind):
+        model, x = Net(), torch.randn(5, 4)
+        model.cells = nn.ModuleList(cell() for _ in range(3))
+        with torch.inference_mode():  # a buffer that has no version
+            model.register_buffer("kept", torch.zeros(3))
+        stream = cut(model.eval(), x)
+        with torch.no_grad():
+            assert torch.equal(stream.run().output, model(x))
+
+
+def test_a_refusal_leaves_a_state_of_the_users_as_it_was() -> None:
+    held = torch.randn(5, 6)
+
+    class Starts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = held
+            for cell in self.cells:
+                h = cell(h)
+            return self.head(h + held)
+
+    with pytest.raises(ValueError, match="the output comes also from the first state"):
+        cut(Starts().eval(), torch.randn(5, 4))
+    assert not held.requires_grad
+
+
+def test_what_a_later_batch_raises_is_said_as_it_is() -> None:
+    class Fails(nn.Linear):
+        calls = 0
+
+        def forward(self, h: Tensor) -> Tensor:
+            Fails.calls += 1
+            if Fails.calls > 4:
+                raise torch.OutOfMemoryError("no memory is left")
+            return super().forward(h)
+
+    model = Net()
+    model.head = Fails(6, 3)
+    streams = cut_all(model.eval(), [torch.randn(5, 4)] * 3)
+    next(streams)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        next(streams)
+
+
+def test_rounding_of_one_small_number_is_no_difference() -> None:
+    theirs = torch.tensor([[1.0, -1e9], [0.002, -1e9]])
+    ours = theirs + torch.tensor([[0.0, 0.0], [6e-8, 0.0]])
+    assert _close(ours, theirs)
+    assert not _close(theirs + torch.tensor([[0.1, 0.0], [0.0, 0.0]]), theirs)
+    assert not _close(theirs[:1] + torch.tensor([[0.1, 0.0]]), theirs[:1])
 
 
 def test_a_forward_that_holds_the_model_itself_is_refused_where_it_changes_it() -> None:

@@ -247,7 +247,7 @@ def find_device(name: str) -> str:
     Raises:
         ValueError: If the name is unknown, or torch sees no such device here.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?|mps", name):
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:[0-9]+)?|mps(:0)?", name):
         raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -42,9 +42,9 @@ def cut(model: nn.Module, x: Any, blocks: Sequence[str] | None = None) -> Stream
 
     The model is not touched: parameters are shared with a private copy, buffers, hooks and random state are not.
     Hooks of the user are part of the computation and fire on the copy. Changes of the parameters in place, of their
-    memory and of `requires_grad` are seen, those through `parameter.data` are not; the first run after one records the
-    batch once more, a forward. Where the model or a part of it is compiled, the stream
-    runs what it was compiled from.
+    memory and of `requires_grad` are seen, those in place through `parameter.data` are not; the first run after one
+    records the batch once more, a forward. Where the model or a part of it is compiled, the stream runs what it was
+    compiled from.
 
     Args:
         model: Any module, in eval mode.
@@ -171,7 +171,7 @@ def _stream(twin: Twin, recording: Recording, x: Any) -> Stream:
 
 def _block(recording: Recording, x: Any, p: int) -> Callable[[Tensor], Tensor]:
     call = recording.calls[p]
-    alone = all(value is None for value in (*call.args, *call.kwargs.values()))
+    alone = all(value is None or isinstance(value, bool | str) for value in (*call.args, *call.kwargs.values()))
 
     def block(h: Tensor) -> Tensor:
         recording.renew(x, arguments=not alone)
@@ -209,6 +209,8 @@ def _recorded(twin: Twin, x: Any, *, changed: bool, differs: Callable[[Recording
         try:
             problem = differs(recording, stream)
         except Exception as error:  # of the model's own code, run where it does not expect it
+            if not changed:
+                raise
             problem = f"a part fails ({type(error).__name__}: {error})"
         moved = {key for key, kept in recording.finished.items() if _versions(kept.output) != versions[key]}
         if not moved:
@@ -254,7 +256,9 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     if torch.equal(ours, theirs):  # the rule on processors, and fast
         return True
     tolerance = _TOLERANCE.get(theirs.dtype, 1e-5)
-    sizes = theirs[ours != theirs].abs().nan_to_num(0, 0, 0).float()  # what is equal, as a mask's -1e9, is no scale
+    _, place, count = theirs.unique(return_inverse=True, return_counts=True)
+    varied = (ours != theirs) | (count[place] == 1 if len(theirs) > 1 else False)
+    sizes = theirs[varied].abs().nan_to_num(0, 0, 0).float()  # what repeats itself, as a mask's -1e9, is no scale
     half = theirs.dtype in (torch.float16, torch.bfloat16) and theirs.device.type == "cpu"
     scale = float(sizes.mean() if half else sizes.max())  # at 2 digits one large entry would let much pass
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

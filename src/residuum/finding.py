@@ -59,14 +59,14 @@ def find(model: nn.Module, x: Any, blocks: Sequence[str] | None) -> tuple[nn.Mod
     else:
         watched = _named(copied, blocks)
     given = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, x)
-    users = {name: value._version for name, value in (*model.named_parameters(), *model.named_buffers())}
+    users = _versions(model)
     seen, output = _observe(copied, given, watched)
     if any(value._version for value in tree_flatten(given)[0] if isinstance(value, Tensor)):
         raise ValueError(
             "cut: the model changes its input in place; use an operation that makes a new tensor (x = x - 1)"
         )
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value._version != users[name]:
+    for name, version in _versions(model).items():
+        if version != users[name]:
             raise ValueError(
                 f'cut: "{name}" was changed by a forward of a copy of the model: a parameter that counts (make it a '
                 "buffer), or a forward that was replaced by a function which holds the model itself (make it a method)"
@@ -94,11 +94,8 @@ def _twin_of(model: nn.Module) -> nn.Module:
             f'cut: parameter "{made}" was made under torch.inference_mode, which autograd cannot use; make or load the '
             "model outside of it"
         )
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    for module in model.modules():  # results kept on modules (old-style weight norm) cannot be deep-copied
-        memo |= {id(v): v.detach().clone() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
     try:
-        twin = copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()} | results_kept(model))
     except Exception as error:
         raise ValueError(
             f"cut works on a copy of the model, and {type(model).__name__} cannot be copied: {error}"
@@ -106,6 +103,18 @@ def _twin_of(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         module._modules.update({name: uncompiled(part) for name, part in module._modules.items()})
     return twin
+
+
+def results_kept(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for `copy.deepcopy`: what modules keep of a call (old-style weight norm), which torch does not copy."""
+    kept = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+    return {id(v): v.detach().clone() for v in kept}
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """Numbers that change when a parameter or buffer is changed in place; those made in inference mode have none."""
+    values = (*model.named_parameters(), *model.named_buffers())
+    return {name: value._version for name, value in values if not value.is_inference()}
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

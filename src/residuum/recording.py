@@ -39,10 +39,10 @@ class Call:
     args: tuple[Any, ...]  # the state's place holds None
     kwargs: dict[str, Any]
     slot: int | str
-    output: Any  # the first tensor of it is the state; only shapes matter where the call keeps the shape
+    output: Any  # with the state in it, see `state_of`; only shapes matter where the call keeps the shape
     keeps: bool
     linked: bool  # got exactly what the call before it gave
-    autocast: Autocast | None  # that the model switches on around it
+    autocast: Autocast | None  # to which the model switches around it; None where it was on or off before
 
     def __call__(self, h: Tensor) -> Tensor:
         """Run the block alone on a state."""
@@ -59,6 +59,13 @@ class Reached(BaseException):  # no error: models may catch theirs
 
     def __init__(self, state: Tensor) -> None:
         self.state = state
+
+
+class _Unseen(nn.Module):
+    """First base of a gate: `__init_subclass__` of the user's class, which may keep a list, does not see it."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 class Twin:
@@ -88,9 +95,9 @@ class Twin:
                 return plain.__call__(gate, *args, **kwargs)
             return (now.block if is_block else now.outside)(partial(plain.__call__, gate), name, args, kwargs)
 
-        gated = type(plain.__name__, (nn.Module,), {"__call__": call, "__module__": plain.__module__})
-        gated.__bases__ = (plain,)  # afterwards, so that the user's __init_subclass__ does not see it
-        module.__class__ = gated
+        module.__class__ = type(plain)(
+            plain.__name__, (_Unseen, plain), {"__call__": call, "__module__": plain.__module__}
+        )
 
     def versions(self) -> list[tuple[int, int, bool]]:
         """What changes when a parameter is changed in place, gets other memory, or is frozen."""
@@ -385,11 +392,13 @@ def record(twin: Twin, x: Any, *, changed: bool) -> Recording:
     around = {device: _autocast(device) for device in {v.device.type for v in (*twin.parameters, *given)}}
     twin.recordings += 1
     recording = Recording(twin, changed, given, twin.recordings, twin.versions(), around)
-    with torch.enable_grad():
-        output = output_of(twin.run(recording, x))
-        recording.check_output(output)
-    if recording.leaf is not None:
-        recording.leaf.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            output = output_of(twin.run(recording, x))
+            recording.check_output(output)
+    finally:
+        if recording.leaf is not None:
+            recording.leaf.requires_grad_(False)
     recording.output = output.detach()
     recording.last = recording.before = recording.first = recording.leaf = None
     recording.given, recording.marks = [], {}

@@ -199,7 +199,7 @@ def _which(data: DataConfig) -> str:
 
 
 def check_alike(choice: Choice, jobs: Mapping[str, Job], results: Results, kept: Results) -> None:
-    """Refuse to carry out runs on a data set in whose place kept runs read a file: both would be taken for one.
+    """Refuse to carry out runs on a data set in whose place a study's kept runs read a file: they would be compared.
 
     Args:
         choice: What was asked for.
@@ -210,15 +210,17 @@ def check_alike(choice: Choice, jobs: Mapping[str, Job], results: Results, kept:
     Raises:
         ValueError: If a run would read something else than the kept ones.
     """
-    every = [job for study in choice.studies for job in study.jobs if isinstance(job, Run) and job.key in kept]
-    read = {job.data.name: kept[job.key].job.data for job in every}
-    for job in choice.jobs:
-        if isinstance(job, Run) and job.key not in results and job.data.name in read:
-            mine, theirs = jobs[job.key].data, read[job.data.name]
-            if mine.sha256 != theirs.sha256:
+    left = {job.key for job in choice.jobs} - results.keys()
+    for study in choice.studies:
+        runs = [job for job in study.jobs if isinstance(job, Run)]
+        read = {job.data.name: kept[job.key].job.data for job in runs if job.key in kept}
+        for job in runs:
+            mine, theirs = jobs[job.key].data, read.get(job.data.name)
+            if job.key in left and theirs is not None and mine.sha256 != theirs.sha256:
                 raise ValueError(
-                    f"kept runs read {_which(theirs)} in the place of {job.data.name}, this one would read "
-                    f"{_which(mine)}: give --files {job.data.name}=FILE.npz with that file, or another folder to --kept"
+                    f"kept runs of {study.paper} read {_which(theirs)} in the place of {job.data.name}, another would "
+                    f"read {_which(mine)}: give --files {job.data.name}=FILE.npz with that file, or another folder to "
+                    "--kept"
                 )
 
 

@@ -339,14 +339,15 @@ def _make_plain_(module: nn.Module) -> None:
     Not by torch's `remove_parametrizations`: it takes the weight from the module's class, which a deep copy shares with
     its original, so that the original would break.
     """
-    plain = {
-        name: nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in chain.parameters()))
-        for name, chain in module.parametrizations.items()
-    }
+    plain = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    learned = {name: [p.requires_grad for p in chain.parameters()] for name, chain in module.parametrizations.items()}
     del module.parametrizations
     module.__class__ = type(module).__bases__[0]
-    for name, p in plain.items():
-        setattr(module, name, p)
+    for name, value in plain.items():
+        if learned[name]:
+            setattr(module, name, nn.Parameter(value, any(learned[name])))
+        else:
+            module.register_buffer(name, value)
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _refuse_larger]:
         del hooks[key], module._forward_pre_hooks_with_kwargs[key]

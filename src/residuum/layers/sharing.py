@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from residuum.finding import results_kept
 from residuum.names import unknown
 
 BATCH_NORMS = (_BatchNorm,)  # with what others derive from it
@@ -334,8 +335,7 @@ def unshare_statistics(model: nn.Module) -> nn.Module:
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; results kept on modules (old-style weight norm), which torch does not copy, are values in it."""
-    kept = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
-    return copy.deepcopy(model, {id(v): v.detach().clone() for v in kept})
+    return copy.deepcopy(model, results_kept(model))
 
 
 def _unshared(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
