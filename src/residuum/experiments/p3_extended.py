@@ -42,7 +42,7 @@ def penalties(folders: Folders) -> Drawn:
                 lost.append(f"{failed} of {len(example.members)} at {what}")
         axes.set(xlabel="epoch", ylabel=words)
     row[1].set_yscale("log")
-    row[0].legend(fontsize=8)
+    row[1].legend(fontsize=7, loc="lower left")
     titled(figure, "Trainings that end with an equation that is not solved", lost or ["none"])
     return figure
 
