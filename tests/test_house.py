@@ -29,6 +29,7 @@ ROWS = [
         "layouts",
         "vision",
         "calls",
+        "copies",
         "readings",
         "processes",
         "bytes",

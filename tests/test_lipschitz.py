@@ -529,3 +529,14 @@ def test_frozen_weights_are_exported_frozen() -> None:
         limit_(layer, 0.1)
     model[0].requires_grad_(False)
     assert [layer.weight.requires_grad for layer in export(model)] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_network_that_keeps_a_weight_of_an_earlier_call_is_exported() -> None:
+    plain = nn.utils.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(plain, nn.Linear(3, 3))
+    limit_(model[1], 0.5)
+    x = torch.randn(2, 3)
+    model(x)  # whose gradient the kept weight carries, so that torch does not copy it
+    model.eval()
+    torch.testing.assert_close(export(model)(x), model(x), rtol=0.02, atol=1e-3)

@@ -1,6 +1,5 @@
 """Finding the residual blocks of a model: one plain forward is observed, then one class of modules is chosen."""
 
-import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from residuum.calls import argument, call_model, state_of, state_slot
+from residuum.copies import copied
 
 NAMING = "blocks=... in Python, --blocks on the command line"
 
@@ -95,7 +95,7 @@ def _twin_of(model: nn.Module) -> nn.Module:
             "model outside of it"
         )
     try:
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()} | results_kept(model))
+        twin = copied(model, same=model.parameters())
     except Exception as error:
         raise ValueError(
             f"cut works on a copy of the model, and {type(model).__name__} cannot be copied: {error}"
@@ -103,12 +103,6 @@ def _twin_of(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         module._modules.update({name: uncompiled(part) for name, part in module._modules.items()})
     return twin
-
-
-def results_kept(model: nn.Module) -> dict[int, Tensor]:
-    """A memo for `copy.deepcopy`: what modules keep of a call (old-style weight norm), which torch does not copy."""
-    kept = (v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
-    return {id(v): v.detach().clone() for v in kept}
 
 
 def _versions(model: nn.Module) -> dict[str, int]:

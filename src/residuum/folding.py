@@ -1,8 +1,8 @@
 """Folding: the blocks of each section as one, and what that costs."""
 
-import copy
 from dataclasses import dataclass, replace
 
+from residuum.copies import copied
 from residuum.data import Preparation, Splits
 from residuum.layers.coupling import achieved_sharing, tied
 from residuum.layers.sharing import NAIVE, UBN
@@ -63,7 +63,7 @@ def fold_coupled(
         )
     couple = "all" if (norm, couple) == ("none", "weights") else couple  # the same, where there is no norm
     sharing = replace(NAIVE if couple == "all" else replace(UBN, gamma=1.0), free=0)
-    new = copy.deepcopy(model)
+    new = copied(model)
     alike = []
     for s, blocks in enumerate(model.sections):
         alike.append(achieved_sharing(blocks, couple=couple)["sharing"] if len(blocks) > 1 else None)

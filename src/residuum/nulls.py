@@ -14,8 +14,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from residuum.calls import call_model, cuda_devices, evaluating
+from residuum.copies import copied
 from residuum.layers.held import held
-from residuum.layers.sharing import BATCH_NORMS, batch_norms, copied, unshare_statistics
+from residuum.layers.sharing import BATCH_NORMS, batch_norms, unshare_statistics
 from residuum.names import one_line
 
 

@@ -1,6 +1,5 @@
 """Lipschitz limits: convolutions and linear maps whose true operator norm does not exceed a bound."""
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
+from residuum.copies import copied
 from residuum.layers.sharing import BATCH_NORMS
 from residuum.names import unknown
 from residuum.spectra import Operator, guaranteed_norm, largest_singular_value, operator_norm
@@ -312,7 +312,7 @@ def export(model: nn.Module) -> nn.Module:
             once more.
     """
     _check_eval("export", model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     for module in list(model.modules()):
         limit = _limit(module)
         if limit is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from residuum.finding import results_kept
+from residuum.copies import copied
 from residuum.names import unknown
 
 BATCH_NORMS = (_BatchNorm,)  # with what others derive from it
@@ -287,7 +287,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If no two neighbours share their weights.
     """
-    folded = copy.deepcopy(model)
+    folded = copied(model)
     if not _fold_(folded):
         raise ValueError(
             f"fold: {type(model).__name__} has no neighbours that share their weights, in a ModuleList or Sequential; "
@@ -331,11 +331,6 @@ def unshare_statistics(model: nn.Module) -> nn.Module:
     forward that calls one block several times is not seen. The copy's statistics begin as those of the model.
     """
     return _unshared(copied(model), {})
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; results kept on modules (old-style weight norm), which torch does not copy, are values in it."""
-    return copy.deepcopy(model, results_kept(model))
 
 
 def _unshared(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
